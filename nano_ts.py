@@ -152,8 +152,8 @@ class Config:
                         choices=("residual", "conformal", "psi"))
     # the rungs
     chunk: int = opt(0, "steps per call of ridge, dlinear, itransformer and decoder; 0: four seasons of at least 16 rows", low=0)
-    lookback: int = opt(0, "of ridge, dlinear and itransformer; 0: 14 seasons (itransformer: 4)", low=0)
-    order: int = opt(0, "p of ar, yw and arnet; 0: 14 seasons", low=0)
+    lookback: int = opt(0, "of ridge, dlinear and itransformer, and the least of the AR family; 0: 14 seasons (itransformer: 4)", low=0)
+    order: int = opt(0, "p of ar, yw and arnet; 0: 14 seasons, or 32", low=0)
     sparsity: float = opt(1.0, "arnet: share of lags expected to matter; 1: no penalty", low=0.001, high=1)
     width: int = opt(64, "itransformer and decoder: width, a multiple of 8", low=8)
     layers: int = opt(2, "itransformer and decoder: blocks", low=1)
@@ -313,20 +313,21 @@ def fill(observed, period):
 
 
 def find_period(values, least=0.2):
-    """Rows in a season: the first high peak of the autocorrelation of the changes from row to row; 1 where none reaches `least`.
+    """Rows in a season, from the autocorrelation r of the columns without their slow level; 1 where there is no season.
 
-    Changes have no level and no trend. "First high": 0.8 of the highest, or a week of similar days would be called 168, not 24.
+    A season is a lag k whose r is the highest between k/2 and 3k/2: noise makes small peaks anywhere, but none like this. Of those the
+    first that reaches 0.8 of the highest, or a week of similar days would be called 168 and not 24.
     """
-    change = np.diff(values, axis=0)
-    change = (change - change.mean(0)) / (change.std(0) + 1e-12)
-    longest = min(len(change) // 3, 1000)
-    if longest < 3:
+    n = len(values)
+    width = min(n // 4, 500) // 2 * 2 + 1  # odd
+    if width < 5:
         return 1
-    r = autocovariance(torch.tensor(change), longest).numpy()
-    r = r / (r[0] + 1e-12)
-    peaks = [k for k in range(2, longest) if r[k] >= r[k - 1] and r[k] > r[k + 1]]
-    highest = max((r[k] for k in peaks), default=0)
-    return next(k for k in peaks if r[k] >= 0.8 * highest) if highest >= least else 1
+    padded = np.pad(values, ((width // 2, width // 2), (0, 0)), mode="edge")
+    level = np.stack([np.convolve(column, np.full(width, 1 / width), mode="valid") for column in padded.T], axis=1)
+    rest = values - level
+    r = autocovariance(torch.tensor(rest / (rest.std(0) + 1e-12)), width).numpy()
+    seasons = [k for k in range(2, width * 2 // 3) if r[k] >= least * r[0] and r[k] == r[k // 2 : k + k // 2 + 1].max()]
+    return next((k for k in seasons if r[k] >= 0.8 * max(r[j] for j in seasons)), 1)
 
 
 class Scaler:
@@ -451,7 +452,13 @@ def position(date, first, step):
 
 def describe(step):
     unit, n = step
-    return str(timedelta(seconds=n)) if unit == "seconds" else f"{n} {unit}"
+    return str(timedelta(seconds=n)) if unit == "seconds" else f"{n} {unit}" if n > 1 else unit.removesuffix("s")
+
+
+def label(date, step):
+    """How a date is written: without the time of day where the clock ticks in whole days."""
+    whole_days = isinstance(date, datetime) and (step[0] != "seconds" or step[1] % 86400 == 0) and date == datetime(*date.timetuple()[:3])
+    return str(date.date() if whole_days else date)
 
 
 def read_cells(path):
@@ -514,7 +521,7 @@ def find_numbers(path, cells, target, notes):
     if target and target not in found:
         raise UserError(f"--target {target}: {path} has no such column; it has {', '.join(found) or 'no numbers'}")
     if not found:
-        raise UserError(f"{path}: no column of changing numbers; decimal points or decimal commas, one number a cell")
+        raise UserError(f"{path} has no column of changing numbers: " + "; ".join(notes[1:]).replace("left out: ", ""))
     return {target: found[target]} if target else found
 
 
@@ -540,7 +547,7 @@ def to_clock(path, dates, table, notes):
     grid = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     dates = [advance(first, step, k) for k in range(length)]
     doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots)), int(np.isnan(grid).sum())
-    notes.append(f"clock: {length} rows, every {describe(step)}, from {dates[0]} to {dates[-1]}")
+    notes.append(f"clock: {length} rows, every {describe(step)}, from {label(dates[0], step)} to {label(dates[-1], step)}")
     if doubles:
         notes.append(f"duplicates: {doubles} rows share their time with another, averaged")
     if gaps:
@@ -604,15 +611,15 @@ class ARNet(nn.Module):
     """
     mixes_columns, chunk = False, 1
 
-    def __init__(self, order, sparsity=1.0, centre=True):
+    def __init__(self, order, sparsity=1.0, centre=True, least=0):
         super().__init__()
-        self.lookback, self.strength, self.centre = order, 0.02 * (1 / sparsity - 1), centre
+        self.order, self.lookback, self.strength, self.centre = order, max(order, least), 0.02 * (1 / sparsity - 1), centre
         self.linear = nn.Linear(order, 1, bias=False)
         nn.init.zeros_(self.linear.weight)
 
     def forward(self, x):
         level = x.mean(-1, keepdim=True) if self.centre else 0
-        return self.linear(x - level) + level
+        return self.linear((x - level)[..., -self.order :]) + level
 
     def coefficients(self):
         """(p,): entry k-1 is the weight of lag k."""
@@ -774,15 +781,15 @@ class LagModel:
     """next S steps = m + (x[lags] - m) @ weight, where m is the mean of the window (0 without `centre`).
 
     Repeat, seasonal naive, profile, AR(p), seasonal AR and ridge are all this line. `lags` (n,) count backwards from the next step:
-    1 is the last value. `weight` is (n, S). Taking m out makes the rule follow the level. The lookback holds whole seasons, or m would
-    swing with the time of day.
+    1 is the last value. `weight` is (n, S). Taking m out makes the rule follow the level. The window, `least` steps or more, holds whole
+    seasons, or m would swing with the time of day; it should be longer than the lags are few: with one lag and a window of one, x - m is 0.
     """
 
-    def __init__(self, lags, weight, period=1, centre=True):
+    def __init__(self, lags, weight, period=1, centre=True, least=0):
         self.lags = torch.tensor(list(lags))
         self.weight = torch.as_tensor(weight, dtype=torch.float64).reshape(len(self.lags), -1)
         self.centre, self.chunk = centre, self.weight.shape[1]
-        self.lookback = -(-int(self.lags.max()) // period) * period
+        self.lookback = -(-max(int(self.lags.max()), least) // period) * period
         self.sigma = None  # (C,) deviation of the one-step errors; set by a fit
 
     def __call__(self, x):
@@ -799,7 +806,7 @@ class LagModel:
         return self.matrix(1)[:, 0].flip(0)
 
 
-def fit_lags(table, lags, period=1, chunk=1, ridge=1e-6, centre=True):
+def fit_lags(table, lags, period=1, chunk=1, ridge=1e-6, centre=True, least=0):
     """Least squares over all windows of all columns: the best LagModel on these lags. (T, C) -> LagModel.
 
     Closed form: sum up G = X'X and b = X'y, solve (G + ridge * mean diagonal) w = b. Lags 1..p give AR(p), `seasonal_lags` the
@@ -807,7 +814,7 @@ def fit_lags(table, lags, period=1, chunk=1, ridge=1e-6, centre=True):
     Example: the column 8, 4, 2, 1, lags [1], no centre -> weight 0.5
     """
     table = table.cpu().double()
-    model = LagModel(lags, torch.zeros(len(lags), chunk), period, centre)
+    model = LagModel(lags, torch.zeros(len(lags), chunk), period, centre, least)
     L = model.lookback
     if len(table) < L + chunk + 1:
         raise TooShort(f"needs {L + chunk + 1} rows, has {len(table)}")
@@ -891,11 +898,11 @@ def levinson(r):
     return coef, torch.stack(error)
 
 
-def yule_walker(table, order, centre=True):
+def yule_walker(table, order, centre=True, least=0):
     """AR(order) from autocovariances: one FFT and one recursion, whatever the length of the series. (T, C) -> LagModel."""
     table = table.cpu().double()
     coef, error = levinson(autocovariance(table, order))
-    model = LagModel(range(1, order + 1), coef, centre=centre)
+    model = LagModel(range(1, order + 1), coef, centre=centre, least=least)
     model.sigma = (error[-1] / error[0]).sqrt() * table.std(0)
     return model
 
@@ -1145,15 +1152,15 @@ def build(name, table, period, config, seed=0, path=None):
         n = min(30, most)
         return LagModel(range(n * P, 0, -1), torch.eye(P).repeat(n, 1) / n, P)
     if name == "ar":
-        return fit_lags(table, range(1, order + 1))
+        return fit_lags(table, range(1, order + 1), least=lookback)
     if name == "yw":
-        return yule_walker(table, order)
+        return yule_walker(table, order, least=lookback)
     if name == "sar":
-        return fit_lags(table, seasonal_lags(P, max(1, min(29, most - 1))), P)
+        return fit_lags(table, seasonal_lags(P, max(1, min(29, most - 1))), P, least=lookback)
     if name == "ridge":
         return fit_lags(table, range(1, lookback + 1), chunk=chunk, ridge=1e-3)
     torch.manual_seed(seed)
-    model = {"arnet": lambda: ARNet(order, config.sparsity),
+    model = {"arnet": lambda: ARNet(order, config.sparsity, least=lookback),
              "dlinear": lambda: DLinear(lookback, chunk),
              "itransformer": lambda: ITransformer(config.lookback or 4 * token, chunk, config.width, config.layers),
              "decoder": lambda: SegmentDecoder(token, min(28, rows // 4 // token), chunk, config.width, config.layers)}[name]()
@@ -1227,6 +1234,8 @@ class Arena:
         """All rungs of `names`, nets once per seed -> list of Rung. One that needs more rows than there are is named and left out."""
         rungs = []
         for name in names:
+            if name == "snaive" and self.series.period == 1:
+                continue  # without a season it is `repeat`
             random = any(part in RECIPES for part in name.split("+"))
             for seed in range(self.config.seeds if random else 1):
                 path = make_folder(out / f"{name}-{self.config.seed + seed}") / "last.pt" if out and name in RECIPES else None
@@ -1321,65 +1330,75 @@ def print_ladder(rows):
 
 
 def draw_coefficients(panels, true, path):
-    """panels: {title: {way: (order,) coefficients}}, with the true weights as stems behind."""
+    """panels: {title: {way: (order,) coefficients}}. Few lags: the weights beside the true ones. Many: their sizes, on a log scale."""
     figure, axes = new_figure(11, 3.8, 1, len(panels))
     for axis, (title, ways) in zip(axes[0], panels.items()):
         for i, (way, coef) in enumerate(ways.items()):
-            few = len(coef) <= 20
-            beside = 0.2 * (i - (len(ways) - 1) / 2) if few else 0
-            axis.plot(np.arange(1, len(coef) + 1) + beside, coef, "osD"[i], ms=5 if few else 3.5, alpha=0.85, label=way)
-        axis.vlines(list(true), 0, list(true.values()), color="black", lw=1.5, zorder=0, label="truth")
-        axis.axhline(0, color="black", lw=0.6, zorder=0)
-        axis.set(title=title, xlabel="lag", ylabel="weight")
+            lags, few = np.arange(1, len(coef) + 1), len(coef) <= 20
+            if few:
+                axis.plot(lags + 0.2 * (i - 1), coef, "osD"[i], ms=5, alpha=0.85, label=way)
+            else:
+                axis.plot(lags, coef.abs().clamp(min=1e-6), "osD"[i], ms=4, alpha=0.85, label=way)
+        axis.vlines(list(true), 0 if few else 1e-6, [w if few else abs(w) for w in true.values()], color="black", lw=1.5, zorder=0, label="truth")
+        axis.axhline(0 if few else 1e-6, color="black", lw=0.6, zorder=0)
+        axis.set(title=title, xlabel="lag", ylabel="weight" if few else "|weight|", yscale="linear" if few else "log")
         axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
 def draw_ladder(arena, rungs, path):
-    """Left: error against how many numbers were fitted. Right: error at each step, above the floor where it is known."""
-    figure, axes = new_figure(11, 4.4, 1, 2)
+    """Left: the error of every rung and how many numbers it fitted. Right: error at each step, above the floor where it is known."""
+    figure, axes = new_figure(11, 4.6, 1, 2)
     left, right = axes[0]
-    rows = summary(rungs)
-    for row in rows:
-        left.plot(row["params"], row["mse_average"], "o", color="tab:blue", ms=5)
-        left.annotate(row["name"], (row["params"], row["mse_average"]), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    left.set(xscale="symlog", xlim=(-0.6, 20 * max(row["params"] for row in rows) + 1), xlabel="numbers fitted", ylabel="test MSE, mean over horizons")
-    ranked = [row["name"] for row in sorted(rows, key=lambda row: row["mse_average"])]
-    shown = ranked[:4] + [name for name in ("profile", "snaive") if name in ranked[4:]]
-    for name in shown:
+    rows = sorted(summary(rungs), key=lambda row: -row["mse_average"])
+    most = 1.25 * max((row["mse_average"] for row in rows if row["name"] != "repeat"), default=1)
+    kinds = {"nothing fitted": "0.6", "closed form": "tab:blue", "gradient descent": "tab:orange"}
+    for y, row in enumerate(rows):
+        net = any(part in RECIPES for part in row["name"].split("+"))
+        color = kinds["gradient descent" if net else "closed form" if row["params"] else "nothing fitted"]
+        left.barh(y, min(row["mse_average"], most), color=color, alpha=0.7)
+        left.text(0.01 * most, y, f"{row['name']}  {row['mse_average']:.3f}", va="center", fontsize=9)
+        left.text(0.99 * most, y, f"{row['params']:,}", va="center", ha="right", fontsize=9)
+    for kind, color in kinds.items():
+        left.barh(0, 0, color=color, alpha=0.7, label=kind)
+    left.set(yticks=[], xlim=(0, most), xlabel="test MSE, mean over horizons", title="error, and numbers fitted (right)")
+    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=3, frameon=False)
+    ranked = [row["name"] for row in rows[::-1]]
+    for name in ranked[:4] + [name for name in ("profile", "snaive") if name in ranked[4:]]:
         rung = next(r for r in rungs if r.name == name)
         error = (rung.made["test"] - arena.truth["test"]).square().nanmean((0, 1))
         right.plot(range(1, arena.H + 1), error, label=name, lw=1.3)
     if arena.series.noise:
         right.plot(range(1, arena.H + 1), arena.floor(arena.H), "k--", lw=1.2, label="floor: the noise alone")
-    right.set(xlabel="steps ahead", ylabel="test MSE at this step", ylim=(0, None))
+    right.set(xlabel="steps ahead", title="test MSE at each step", ylim=(0, None))
     right.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
 def draw_windows(arena, rung, naive, interval, level, path, block):
-    """Above: two test windows of the last column, in its units. Below: what the interval covers, block by block."""
+    """Above: two test windows of the first column, in its units. Below: what the interval covers, block by block."""
     figure, axes = new_figure(11, 6.4, 2, 2)
-    units = lambda x: arena.scaler.unscale(x, slice(-1, None))[0]  # (1, H) scaled -> (H,)
-    fits = arena.fits["test"][arena.H]
-    for axis, i in zip(axes[0], (fits // 4, fits * 3 // 4)):
-        start, steps = int(arena.starts["test"][i]), np.arange(arena.H)
-        back = min(start, max(arena.H, 7 * arena.series.period))
-        f = rung.made["test"][i, -1:]
-        axis.plot(range(-back, 0), arena.series.observed[start - back : start, -1], color="0.6", lw=1)
-        axis.fill_between(steps, units(f + interval[0][-1:]), units(f + interval[1][-1:]), color="tab:red", alpha=0.15, lw=0, label=f"{level:.0%} interval")
-        axis.plot(steps, units(naive.made["test"][i, -1:]), color="tab:blue", lw=0.9, alpha=0.7, label=naive.name)
-        axis.plot(steps, units(arena.truth["test"][i, -1:]), color="black", lw=1.1, label="what happened")
-        axis.plot(steps, units(f), color="tab:red", lw=1.4, label=rung.name)
-        axis.set(title=f"{arena.series.columns[-1]}, forecast made before row {start}", xlabel="steps ahead")
-    axes[0, 0].legend(fontsize=8, frameon=False, ncol=2)
+    units = lambda x: arena.scaler.unscale(x[:, :shown], slice(0, 1))[0]  # (1, H) scaled -> what is shown of it
+    shown = min(arena.H, max(4 * arena.series.period, 48))
+    for axis, i in zip(axes[0], (arena.fits["test"][arena.H] // 4, arena.fits["test"][arena.H] * 3 // 4)):
+        start, steps, f = int(arena.starts["test"][i]), np.arange(shown), rung.made["test"][i, :1]
+        axis.plot(range(-shown, 0), arena.series.observed[start - shown : start, 0], color="0.6", lw=1)
+        axis.fill_between(steps, units(f + interval[0][:1]), units(f + interval[1][:1]), color="tab:red", alpha=0.15, lw=0, label=f"{level:.0%} interval")
+        axis.plot(steps, units(naive.made["test"][i, :1]), color="tab:blue", lw=1, ls=":", label=naive.name)
+        axis.plot(steps, units(arena.truth["test"][i, :1]), color="black", lw=1.1, label="what happened")
+        axis.plot(steps, units(f), color="tab:red", lw=1.6, label=rung.name)
+        axis.axvline(-0.5, color="black", lw=0.6)
+        axis.set(title=f"column {arena.series.columns[0]}, forecast made before row {start}", xlabel="steps ahead")
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
     inside, width = coverage(arena.truth["test"] - rung.made["test"], interval, block)
     names = [f"{i * block + 1}-{min((i + 1) * block, arena.H)}" for i in range(len(inside))]
     axes[1, 0].bar(names, inside, color="tab:red", alpha=0.45)
     axes[1, 0].axhline(level, color="black", ls="--", lw=1)
-    axes[1, 0].set(title=f"{rung.name}: truths inside the {level:.0%} interval", xlabel="steps ahead", ylim=(0, 1))
+    axes[1, 0].set(title=f"{rung.name}: share of truths inside the {level:.0%} interval", xlabel="steps ahead", ylim=(0, 1))
     axes[1, 1].bar(names, width, color="tab:red", alpha=0.45)
     axes[1, 1].set(title="mean width of the interval, in deviations of the column", xlabel="steps ahead")
+    for axis in axes[1]:
+        axis.tick_params(axis="x", labelsize=8)
     save_figure(figure, path)
 
 
@@ -1523,11 +1542,12 @@ def forecast(config, series, horizon, names, device, out):
         writer = csv.writer(file)
         writer.writerow(["date", *(f"{c}{part}" for c in series.columns for part in ("", "_lower", "_upper"))])
         for h, date in enumerate(dates):
-            writer.writerow([date, *(f"{v[c, h]:.6g}" for c in range(len(series.columns)) for v in (ahead, below, above))])
+            writer.writerow([label(date, series.step), *(f"{v[c, h]:.6g}" for c in range(len(series.columns)) for v in (ahead, below, above))])
     print(f"intervals: {config.level:.0%}, from the errors on the last {ends[2] - ends[0]} rows; made on the first half of them, they cover "
-          f"{inside[0]:.0%} of the second\nwrote {out / 'forecast.csv'}: {horizon} steps, {dates[0]} to {dates[-1]}")
+          f"{inside[0]:.0%} of the second\nwrote {out / 'forecast.csv'}: {horizon} steps, {label(dates[0], series.step)} to {label(dates[-1], series.step)}")
     draw_forecast(series, dates, ahead, below, above, best.name, config.level, out / "forecast.png")
-    return {"models": rows, "chosen": best.name, "params": best.params, "skill": skill, "coverage": inside[0], "first": str(dates[0]), "last": str(dates[-1])}
+    return {"models": rows, "chosen": best.name, "params": best.params, "skill": skill, "coverage": inside[0], "first": label(dates[0], series.step),
+            "last": label(dates[-1], series.step)}
 
 
 def check(config, metrics):
