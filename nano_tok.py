@@ -1,0 +1,1603 @@
+"""nano_tok: turn text and images into short sequences of integers, the tokens that every other script here models.
+
+Text     bytes --merge the most frequent pair, again and again--> vocabulary of 256 + merges        (byte pair encoding)
+
+Images   32x32 image      latent z           nearest code         code vectors       image again
+         +--------+ conv  +-----------+      +-----------+        +-----------+ conv +--------+
+         |   /|   | ----> | 8x8 cells | ---> | 7 0 12 .. | -----> | 8x8 cells | ---> |   /|   |
+         |   _|_  | enc.  | C numbers |      | integers  | lookup | C numbers | dec. |   _|_  |
+         +--------+       +-----------+      +-----------+        +-----------+      +--------+
+         loss = |image - rebuilt|^2 / variance  +  0.25 |z - stop_gradient(code)|^2
+         The nearest code has no gradient: the decoder's gradient at the code is handed to z as it is ("straight through").
+
+--quantizer vq    one codebook, means of the vectors that chose each code (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1)
+            rvq   --depth codebooks, each codes what the ones before left over (SoundStream, Zeghidour et al. 2021, arXiv:2107.03312)
+            fsq   no codebook: every channel rounded to a few levels (Mentzer et al. 2023, arXiv:2309.15505)
+            lfq   no codebook: the signs of log2(V) channels are the index (Yu et al. 2023, MAGVIT-v2, arXiv:2310.05737)
+--layout    grid  64 tokens, one per 4x4 cell; 1d: --tokens K that read the whole image (TiTok, Yu et al. 2024, arXiv:2406.07550),
+                  ordered by cutting the tail off in training (One-D-Piece, Miwa et al. 2025, arXiv:2501.10064), so every prefix decodes
+--learned-codebook   the textbook codebook, trained by gradient from a small random start: watch it collapse
+
+Commands                                              two CPU cores        expect
+    python nano_tok.py                                @TIME@
+    python nano_tok.py --quantizer rvq                @RVQ@
+    python nano_tok.py --layout 1d                    @1D@
+    python nano_tok.py --learned-codebook --out out/tok/collapsed          usage below 30 %, and the report says what to do
+    python nano_tok.py bpe --data FILE --vocab 1024   seconds              bytes per token, fertility, unused entries
+    python nano_tok.py encode --input digit.png       a second             OUT/digit.tokens.json; `decode --input` makes it a picture
+    python nano_ar.py --tokens out/tok/vq             2 minutes            a generator trained on these tokens
+
+OUT holds, besides checkpoint and pictures, `tokens.npz` and `decoder.pt2`: the token folder whose format nano_ar.py documents.
+
+Left out on purpose: adversarial and perceptual losses (they need a pretrained network and hide the quantizer's own error behind
+invented texture), two-stage recipes, the rotation trick, annealing of --perturb (RobustTok), tokens of varying number per image.
+
+Read in this order: `train_bpe`, `straight_through` and its neighbours, `VectorQuantizer`, `Tokenizer`, `train`.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import gzip
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import urllib.request
+import zipfile
+import zlib
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tqdm
+
+import kernels
+
+# ---------------------------------------------------------------------------------------------------------------------
+# config
+# ---------------------------------------------------------------------------------------------------------------------
+
+# --- shared: config
+class UserError(ValueError):
+    """Something the user can fix: the command line shows it as one line and exits with code 2."""
+
+
+def opt(default, help, low=None, high=None, choices=None, fixed=False):
+    """A field of Config and a flag. `fixed`: belongs to the checkpoint and cannot change on resume."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print the usage first; one line is enough
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def parse_config(cls, argv, parts, presets, description):
+    """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
+    for field in dataclasses.fields(cls):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
+            "type": field.type, "choices": field.metadata["choices"]}
+        parser.add_argument(flags[field.name], default=field.default, help=field.metadata["help"] + " [%(default)s]", **kind)
+    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
+    args = vars(parser.parse_args(argv))
+    part = args.pop("part") or "all"
+    if part not in ("all", *parts):
+        raise UserError(f"there is no part {part!r}, only {', '.join(parts)} (--help explains)")
+    for field in dataclasses.fields(cls):
+        low, high, value = field.metadata["low"], field.metadata["high"], args[field.name]
+        if (low is not None and not value >= low) or (high is not None and not value <= high):  # "not >=": NaN fails too
+            raise UserError(f"{flags[field.name]} must lie between {low} and {'inf' if high is None else high}, got {value}")
+    return part, cls(**args)
+
+
+def adopt(config, saved, where, preset):
+    """Take the `fixed` fields from a checkpoint's config; a flag that asks for something else is an error."""
+    changes = {}
+    for field in dataclasses.fields(config):
+        if field.metadata["fixed"] and field.name in saved:
+            asked, default = getattr(config, field.name), preset.get(field.name, field.default)
+            changes[field.name] = kept = saved[field.name]
+            if asked not in (default, kept):
+                raise UserError(f"{where} was made with --{field.name.replace('_', '-')} {kept}, this run asks for {asked}: "
+                                "drop the flag, or choose another --out")
+    return dataclasses.replace(config, **changes)
+
+
+def cli(main):
+    """Run main() as a program. Exit 0; 2 and one line for a UserError; 130 after Ctrl-C or SIGTERM."""
+    name = pathlib.Path(sys.argv[0]).stem
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        main()
+    except UserError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"{name}: stopped. {stop}", file=sys.stderr)
+        return 130
+    return 0
+# --- end shared
+
+@dataclasses.dataclass
+class Config:
+    # what and where
+    data: str = opt("", "images: glyphs, mnist, fashion-mnist, or a path (IDX file, .npz, folder of class folders); "
+                    "bpe: pydoc, shakespeare, or a UTF-8 file; default glyphs and pydoc", fixed=True)
+    out: str = opt("", "folder for the checkpoint, the token folder, pictures and metrics.json; default out/tok/QUANTIZER, with -1d for --layout 1d")
+    preset: str = opt("cpu", "cpu: about a minute on two cores; gpu: a wider model and a longer run", choices=("cpu", "gpu"))
+    seed: int = opt(0, "seed of the data, the model and the training", low=0, fixed=True)
+    device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = opt("auto", "of the matrix products in training; auto: bf16 where the hardware is fast at it",
+                         choices=("auto", "fp32", "bf16"))
+    compile: bool = opt(False, "torch.compile the encoder and decoder: a slow start, then faster steps; needs a C++ compiler")
+    resume: bool = opt(False, "go on from OUT/last.pt exactly where it stopped")
+    check: bool = opt(False, "exit with code 1 when the metrics miss the band of the docstring")
+    # tokens of an image
+    quantizer: str = opt("vq", "how vectors become integers (see above)", choices=("vq", "rvq", "fsq", "lfq"), fixed=True)
+    layout: str = opt("grid", "grid: a token per 4x4 cell; 1d: ordered tokens for the whole image", choices=("grid", "1d"), fixed=True)
+    codebook: int = opt(256, "number of codes (of each codebook); a power of two for lfq; fsq takes --levels instead", low=2, high=16384, fixed=True)
+    code_dim: int = opt(8, "vq, rvq: numbers in a code vector", low=1, fixed=True)
+    depth: int = opt(2, "rvq: codebooks, that is, tokens per cell", low=1, high=16, fixed=True)
+    levels: str = opt("8,6,5", "fsq: levels of each channel; their product is the number of codes", fixed=True)
+    tokens: int = opt(16, "1d: tokens per image", low=1, high=256, fixed=True)
+    learned_codebook: bool = opt(False, "vq, rvq: train the codebook by gradient, without k-means start and restarts: shows collapse", fixed=True)
+    cosine: bool = opt(False, "vq: vectors and codes of length 1, so that only the direction is coded", fixed=True)
+    perturb: float = opt(0.0, "share of training images whose tokens are disturbed before decoding (RobustTok)", low=0, high=1, fixed=True)
+    # model and training
+    width: int = opt(64, "channels of the convolutions", low=8, fixed=True)
+    blocks: int = opt(2, "residual blocks in the encoder and in the decoder", low=1, fixed=True)
+    steps: int = opt(1000, "optimizer steps", low=1, fixed=True)
+    batch: int = opt(64, "images per step", low=1, fixed=True)
+    lr: float = opt(0.02, "learning rate of Muon, for the kernels and matrices inside the blocks", low=0, fixed=True)
+    lr_adam: float = opt(0.003, "learning rate of AdamW, for all else", low=0, fixed=True)
+    commitment: float = opt(0.25, "weight of the loss that pulls vectors to their codes", low=0, fixed=True)
+    eval_every: int = opt(200, "steps between validations and checkpoints", low=1, fixed=True)
+    samples: int = opt(2000, "images for the Frechet distance", low=10)
+    input: str = opt("", "encode: an image file; decode: a .tokens.json that encode wrote")
+    # text
+    vocab: int = opt(1024, "bpe: entries of the vocabulary, 256 bytes included", low=256, high=1 << 17)
+    split: str = opt("words", "bpe: words: merges stay inside a word; none: they may cross spaces", choices=("words", "none"))
+    bytes: bool = opt(False, "bpe: take the file as raw bytes, not as UTF-8 text")
+
+
+PARTS = {"train": "only train", "eval": "report, pictures and token folder of a trained model", "encode": "an image file to tokens",
+         "decode": "tokens to an image file", "bpe": "byte pair encoding of text"}
+PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, eval_every=1000, samples=10000)}
+BAND = {"glyphs": dict(usage=0.99, rpsnr=22.0)}  # what --check asks for, with the default settings
+
+
+# --- shared: device
+def pick_device(name, precision="auto"):
+    """-> (device, dtype of the matrix products, the reason in words). bf16 only where the hardware multiplies it fast."""
+    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kind = next(k for k in ("cuda", "mps", "cpu") if has[k]) if name == "auto" else name
+    if not has[kind]:
+        raise UserError(f"--device {name}: this torch sees no such device; use --device cpu or auto")
+    units = [u for u in ("amx_bf16", "avx512_bf16") if kind == "cpu" and torch.cpu.get_capabilities().get(u)]
+    if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
+        units = [torch.cuda.get_device_name()]
+    bf16 = bool(units) if precision == "auto" else precision == "bf16"
+    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, (
+        f"{kind} ({units[0] if units else 'no fast bf16'}), matrices in {'bf16' if bf16 else 'fp32'}")
+
+
+def keep_freed_memory():
+    """glibc returns large freed blocks to the kernel, and each step then pays to map them again: tell it to keep them (a fifth faster)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # not glibc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def peak_memory_mb(device):
+    """Peak memory in MB: of the GPU where there is one, else of this process (nan on Windows, which does not say)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+# --- end shared
+
+# --- shared: progress
+class Progress:
+    """A tqdm bar on a terminal; in a pipe or a log file one line per tenth of the work."""
+
+    def __init__(self, total, what, start=0):
+        self.total, self.what, self.done, self.start, self.began = total, what, start, start, time.time()
+        self.bar = tqdm.tqdm(total=total, initial=start, desc=what, leave=False, disable=not sys.stderr.isatty())
+
+    def update(self, n=1, **values):
+        """Advance by n; `values` (numbers) are shown beside the bar."""
+        shown = {name: f"{value:.4g}" for name, value in values.items()}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(n)
+        self.done += n
+        if self.bar.disable and self.done * 10 // self.total > (self.done - n) * 10 // self.total:
+            rate = (self.done - self.start) / max(time.time() - self.began, 1e-9)
+            words = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left", flush=True)
+        if self.done >= self.total:
+            self.bar.close()
+# --- end shared
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data: images
+# ---------------------------------------------------------------------------------------------------------------------
+
+# --- shared: fetch
+def find_file(name, url, checksum):
+    """Path of a named data file: in $NANO_DATA, else in data/, else downloaded there once, verified and only then renamed.
+
+    `checksum` reads "sha256:..." or "md5:...": the publisher's own where there is one.
+    """
+    for folder in filter(None, (os.environ.get("NANO_DATA"), "data")):
+        for path in (pathlib.Path(folder, name), pathlib.Path(folder, name.removesuffix(".gz"))):
+            if path.exists():
+                return path
+    path = pathlib.Path("data", name)
+    part, kind = path.with_name(path.name + ".part"), checksum.split(":")[0]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:  # raises on any status but 2xx
+            shutil.copyfileobj(reply, out)
+        if f"{kind}:{hashlib.new(kind, part.read_bytes()).hexdigest()}" != checksum:
+            raise OSError(f"its {kind} is not {checksum}")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot download {url} ({error}): put {name} into data/ or into the folder that $NANO_DATA names; "
+                        "the built-in data need no download") from None
+    return path
+# --- end shared
+
+# --- shared: images
+
+
+@dataclasses.dataclass
+class Images:
+    """Grey images uint8 (N, 32, 32) with class labels int64 (N,), in a training and a test part."""
+    name: str
+    train: torch.Tensor
+    train_labels: torch.Tensor
+    test: torch.Tensor
+    test_labels: torch.Tensor
+
+    @property
+    def classes(self):
+        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
+
+
+GLYPH_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
+               "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
+               "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
+               "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10")  # matplotlib ships them: the same on every machine
+GLYPH_STROKES = (0, 1, 2, 3)  # extra outline in 96ths of the picture
+
+
+def glyph_masters(size=96):
+    """Every digit in every font and stroke weight, drawn once by Pillow -> float (10, fonts * strokes, size, size) in [0, 1]."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), int(size * 0.68)) for name in GLYPH_FONTS]
+    masters = np.zeros((10, len(fonts), len(GLYPH_STROKES), size, size), np.float32)
+    for digit in range(10):
+        for i, font in enumerate(fonts):
+            for j, stroke in enumerate(GLYPH_STROKES):
+                picture = Image.new("L", (size, size))
+                ImageDraw.Draw(picture).text((size / 2, size / 2), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+                masters[digit, i, j] = np.asarray(picture) / 255
+    return torch.from_numpy(masters).flatten(1, 2)
+
+
+def glyphs(n, seed, masters=None):
+    """n digits 0-9 under random affine maps, stroke weight and contrast -> uint8 (n, 32, 32), labels (n,). Deterministic by seed."""
+    masters = glyph_masters() if masters is None else masters
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=g)
+    chosen = torch.randint(masters.shape[1], (n,), generator=g)
+    u = lambda low, high: torch.rand(n, generator=g) * (high - low) + low
+    angle, shear, contrast = u(-0.25, 0.25), u(-0.2, 0.2), u(0.7, 1.0)
+    size = u(0.85, 1.25)
+    stretch = u(0.85, 1.15)
+    # rows of the 2 x 3 map from output to input coordinates: rotation, shear, scale, shift (all in units of half a picture)
+    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.12, 0.12)], 1),
+                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.12, 0.12)], 1)], 1)
+    images = torch.empty(n, 32, 32, dtype=torch.uint8)
+    for i in range(0, n, 1024):  # in chunks: the 64 x 64 samples before averaging take 16 KB an image
+        part = slice(i, i + 1024)
+        grid = F.affine_grid(theta[part], (len(theta[part]), 1, 64, 64), align_corners=False)
+        fine = F.grid_sample(masters[labels[part], chosen[part]][:, None], grid, align_corners=False)
+        images[part] = (F.avg_pool2d(fine, 2)[:, 0] * contrast[part, None, None] * 255).round().byte()
+    return images, labels
+
+
+def read_idx(path):
+    """An IDX file (the format of MNIST), plain or gzipped -> uint8 array of any rank."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, 4 + 4 * raw[3], 4)] if raw[:3] == b"\0\0\x08" else []
+    if not shape or len(raw) != 4 + 4 * len(shape) + math.prod(shape):
+        raise ValueError(f"not a complete IDX file of bytes (its header says {shape or 'nothing'}, it has {len(raw)} bytes)")
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def read_images(path):
+    """An IDX file, an .npz with `images` and `labels`, or a folder with one sub-folder of PNG or JPEG files per class -> two arrays."""
+    if path.is_dir():
+        from PIL import Image, ImageOps
+        classes = sorted(p for p in path.iterdir() if p.is_dir())
+        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        if not files:
+            raise ValueError("no PNG or JPEG files in sub-folders, one per class")
+        images = [np.asarray(ImageOps.fit(Image.open(p).convert("L"), (32, 32))) for p, _ in files]  # cropped to a square
+        return np.stack(images), np.array([label for _, label in files])
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return file["images"], file["labels"] if "labels" in file else np.zeros(len(file["images"]), np.int64)
+    labels = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
+    images = read_idx(path)
+    if labels == path or not labels.exists():
+        raise ValueError("labels are missing: a file ...-images-idx3-ubyte needs its ...-labels-idx1-ubyte beside it")
+    return images, read_idx(labels)
+
+
+def as_images(images, labels):
+    """Check, turn grey, pad to 32 x 32 -> torch uint8 (N, 32, 32), int64 (N,)."""
+    if images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8:
+        images = images.mean(-1).round().astype(np.uint8)
+    if images.ndim != 3 or images.shape[1:] not in ((28, 28), (32, 32)) or images.dtype != np.uint8:
+        raise ValueError(f"images must be uint8 of shape (N, 28, 28) or (N, 32, 32), got {images.dtype} {images.shape}")
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        raise ValueError(f"need one label >= 0 per image, got {labels.dtype} {labels.shape} for {len(images)} images")
+    pad = (32 - images.shape[1]) // 2
+    return F.pad(torch.from_numpy(images.copy()), (pad,) * 4), torch.from_numpy(labels.astype(np.int64))
+
+
+IMAGE_SETS = {  # name: sub-folder (both sets use the same file names), address, MD5 of the four files
+    "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+              "d53e105ee54ea40749a09fcbcd1e9432", "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
+    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+                      "25c81989df183df01b3e8a0aad5dffbe", "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
+}
+IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+
+
+def load_images(data, seed=0):
+    """`glyphs`, a named set, or a path -> Images. A path, which has no test part of its own, is split 9:1 by seed."""
+    if data == "glyphs":
+        masters = glyph_masters()
+        return Images(data, *glyphs(10000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
+    if data in IMAGE_SETS:
+        folder, address, *sums = IMAGE_SETS[data]
+        files = [read_idx(find_file(folder + name, address + name, "md5:" + md5)) for name, md5 in zip(IDX_FILES, sums)]
+        return Images(data, *as_images(*files[:2]), *as_images(*files[2:]))
+    path = pathlib.Path(data)
+    if not path.exists():
+        raise UserError(f"--data {data}: no such file or folder, and not one of glyphs, {', '.join(IMAGE_SETS)}")
+    try:
+        images, labels = as_images(*read_images(path))
+        if len(images) < 20:
+            raise ValueError(f"{len(images)} images are too few for a 9:1 split, 20 are the least")
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise UserError(f"--data {data}: {error}") from None
+    order, cut = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)), len(images) * 9 // 10
+    return Images(path.name, images[order[:cut]], labels[order[:cut]], images[order[cut:]], labels[order[cut:]])
+
+
+# --- end shared
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text: byte pair encoding
+#   a token is an integer; 0..255 are the bytes, 256 + i is merge number i, special tokens come last
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A chunk is a run of letters, of digits or of other signs, with the one space before it, or white space. Merges stay inside a chunk.
+# On bytes, so that any file goes through: bytes from 128 on (all of non-ASCII UTF-8) count as letters. The chunks cover every byte.
+WORDS = rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
+SPLIT = {"words": WORDS, "none": rb"(?s:.+)"}
+SHAKESPEARE = ("tinyshakespeare.txt", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+
+
+def train_bpe(text, vocab, split="words"):
+    """bytes -> list of merges (left, right); merge i makes token 256 + i of the most frequent pair, the smallest among equals.
+
+    Each different chunk is stored once, with its number of occurrences. Pairs are counted once; a merge then touches only the places
+    where its pair stands, and changes only the counts of the pairs beside them (Sennrich et al. 2016, arXiv:1508.07909, with
+    the bookkeeping that makes it linear). Stops early when no pair occurs twice.
+
+    >>> train_bpe(b"aaabdaaabac", 259, "none")      # aa -> 256, ab -> 257, 256 257 -> 258, as in the Wikipedia article
+    [(97, 97), (97, 98), (256, 257)]
+    """
+    ids, weight = [-1], [0]  # all chunks in one list, -1 between them
+    for chunk, times in collections.Counter(re.findall(SPLIT[split], text)).items():
+        ids += [*chunk, -1]
+        weight += [times] * (len(chunk) + 1)
+    before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # a linked list: a merge unlinks one place
+    counts, places = collections.Counter(), collections.defaultdict(list)
+    for i, pair in enumerate(zip(ids, ids[1:])):
+        if pair[0] >= 0 and pair[1] >= 0:
+            counts[pair] += weight[i]
+            places[pair].append(i)
+    heap = [(-n, pair) for pair, n in counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < vocab - 256:
+        n, pair = heapq.heappop(heap)
+        if -n != counts[pair]:  # out of date: a count only falls after its pair was made, so looking again on top is enough
+            if counts[pair] > 0:
+                heapq.heappush(heap, (-counts[pair], pair))
+            continue
+        if -n < 2:
+            break
+        new, (left, right), made = 256 + len(merges), pair, set()
+        merges.append(pair)
+        for i in sorted(places.pop(pair)):  # from left to right: of "aaa" the first two
+            j = after[i]
+            if ids[i] != left or ids[j] != right:
+                continue  # the place has been merged into something else since
+            for pair_was, pair_is, at in (((ids[before[i]], left), (ids[before[i]], new), before[i]),
+                                          ((right, ids[after[j]]), (new, ids[after[j]]), i)):
+                if pair_was[0] >= 0 and pair_was[1] >= 0:
+                    counts[pair_was] -= weight[i]
+                    counts[pair_is] += weight[i]
+                    places[pair_is].append(at)
+                    made.add(pair_is)
+            ids[i], ids[j], after[i], before[after[j]] = new, -2, after[j], i
+        counts[pair] = 0
+        for p in made:
+            heapq.heappush(heap, (-counts[p], p))
+    return merges
+
+
+def apply_merges(ids, merges):
+    """int32 array of tokens, -1 between chunks -> the same after every merge in its order. One pass per merge over all chunks at once.
+
+    >>> apply_merges(np.frombuffer(b"aaaab", np.uint8).astype(np.int32), [(97, 97), (256, 98)]).tolist()
+    [256, 257]
+    """
+    present = np.bincount(ids[ids >= 0], minlength=256 + len(merges)).tolist()
+    for new, (left, right) in enumerate(merges, 256):
+        if not (present[left] and present[right]):
+            continue
+        at = np.flatnonzero((ids[:-1] == left) & (ids[1:] == right))
+        if left == right and len(at) > 1:  # "aaaa" matches at 0, 1, 2: of a run of neighbours take every other
+            first = np.flatnonzero(np.diff(at, prepend=-2) > 1)
+            at = at[(np.arange(len(at)) - np.repeat(first, np.diff(first, append=len(at)))) % 2 == 0]
+        if len(at):
+            ids[at] = new
+            keep = np.ones(len(ids), bool)
+            keep[at + 1] = False
+            ids = ids[keep]
+            present[left], present[right], present[new] = present[left] - len(at), present[right] - len(at), len(at)
+    return ids
+
+
+class BPE:
+    """Text <-> tokens under a list of merges. `special` tokens have ids after the merges and never arise from plain text."""
+
+    def __init__(self, merges, split="words", special=()):
+        self.merges, self.split, self.special = [tuple(m) for m in merges], split, tuple(special)
+        self.bytes = [bytes([i]) for i in range(256)]
+        for left, right in self.merges:
+            self.bytes.append(self.bytes[left] + self.bytes[right])
+        self.bytes += [s.encode() for s in self.special]
+        self.known = {}  # chunk -> its tokens: text repeats its words
+
+    def encode(self, text, allow_special=False):
+        """str or bytes -> list of tokens. A special token in `text` is an error unless allowed: a document must not be able to end itself.
+
+        >>> BPE([(97, 98)]).encode("abab c")
+        [256, 256, 32, 99]
+        """
+        text = text.encode() if isinstance(text, str) else text
+        found = [s for s in self.special if s.encode() in text]
+        if found and not allow_special:
+            raise UserError(f"the text contains the special token {found[0]!r}: remove it, or pass allow_special=True if the text is your own")
+        if not found:
+            return self.encode_plain(text)
+        pieces = re.split(b"(" + b"|".join(re.escape(s.encode()) for s in self.special) + b")", text)
+        ids = {s.encode(): 256 + len(self.merges) + i for i, s in enumerate(self.special)}
+        return [t for piece in pieces for t in ([ids[piece]] if piece in ids else self.encode_plain(piece))]
+
+    def encode_plain(self, text):
+        chunks = re.findall(SPLIT[self.split], text)
+        if len(self.known) > 1 << 20:
+            self.known.clear()
+        new = list(set(chunks).difference(self.known))
+        if new:  # all unknown chunks at once, in one array
+            lengths = np.array([len(chunk) for chunk in new])
+            ids = np.full(lengths.sum() + len(new), -1, np.int32)
+            ends = np.cumsum(lengths + 1) - 1
+            ids[np.delete(np.arange(len(ids)), ends)] = np.frombuffer(b"".join(new), np.uint8)
+            ids = apply_merges(ids, self.merges)
+            start, flat = 0, ids.tolist()
+            for chunk, end in zip(new, np.flatnonzero(ids < 0).tolist()):
+                self.known[chunk] = flat[start:end]
+                start = end + 1
+        return list(itertools.chain.from_iterable(map(self.known.__getitem__, chunks)))
+
+    def decode(self, ids):
+        """Tokens -> bytes. (A single token need not be valid UTF-8: decode the whole, then `.decode("utf-8", "replace")`.)"""
+        return b"".join(map(self.bytes.__getitem__, ids))
+
+    def save(self, path):
+        state = {"format": "nano_tok bpe 1", "split": self.split, "merges": self.merges, "special": self.special}
+        pathlib.Path(path).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path):
+        try:
+            state = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+            if any(max(pair) >= 256 + i or min(pair) < 0 or len(pair) != 2 for i, pair in enumerate(state["merges"])):
+                raise ValueError("a merge uses a token that does not exist yet")
+            if state["split"] not in SPLIT:
+                raise ValueError(f"unknown split {state['split']!r}")
+            return cls(state["merges"], state["split"], state["special"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no vocabulary of nano_tok ({error}): train one with `python nano_tok.py bpe`") from None
+
+
+def load_text(data, raw):
+    """`pydoc` (the help topics inside every CPython), `shakespeare`, or a file -> bytes, checked to be UTF-8 unless `raw`."""
+    if data == "pydoc":
+        from pydoc_data.topics import topics
+        return "\n".join(topics[name] for name in sorted(topics)).encode()
+    path = find_file(*SHAKESPEARE) if data == "shakespeare" else pathlib.Path(data)
+    try:
+        text = path.read_bytes()
+        if not raw:
+            text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {data}: byte {error.start} is not UTF-8; convert the file, or add --bytes to take it as it is") from None
+    except OSError as error:
+        raise UserError(f"--data {data}: {error.strerror}; known names: pydoc, shakespeare") from None
+    if len(text) < 20:
+        raise UserError(f"--data {data} holds {len(text)} bytes: too few to learn merges from")
+    return text
+
+
+def bpe_report(bpe, text):
+    """-> bytes_per_token, fertility (tokens per word), unused entries, of one text"""
+    used = np.bincount(bpe.encode_plain(text), minlength=len(bpe.bytes))
+    return {"bytes_per_token": len(text) / used.sum(), "fertility": used.sum() / max(len(text.split()), 1), "unused": int((used == 0).sum())}
+
+
+def run_bpe(config, out):
+    """Train on the first nine tenths of a text, report on both parts, save OUT/bpe.json -> metrics"""
+    text = load_text(config.data or "pydoc", config.bytes)
+    cut = len(text) * 9 // 10
+    began = time.perf_counter()
+    bpe = BPE(train_bpe(text[:cut], config.vocab, config.split), config.split, special=("<|endoftext|>",))
+    trained = time.perf_counter()
+    ids = bpe.encode_plain(text)
+    encoded = time.perf_counter()
+    assert bpe.decode(ids) == text
+    bpe.save(out / "bpe.json")
+    metrics = {"bpe_vocab": 256 + len(bpe.merges), "bpe_train_seconds": trained - began,
+               "bpe_encode_mb_per_second": len(text) / 1e6 / (encoded - trained),
+               "bpe_train": bpe_report(bpe, text[:cut]), "bpe_test": bpe_report(bpe, text[cut:])}
+    if metrics["bpe_vocab"] < config.vocab:
+        print(f"only {metrics['bpe_vocab']} entries: after them no pair occurs twice in this text")
+    print(f"bpe: {len(text) / 1e6:.2f} MB, {metrics['bpe_vocab']} entries, split {config.split}: trained in {metrics['bpe_train_seconds']:.2f} s, "
+          f"encodes {metrics['bpe_encode_mb_per_second']:.1f} MB/s from a cold start\n"
+          f"{'':20}{'train 90 %':>12}{'test 10 %':>12}")
+    for name, words in (("bytes_per_token", "bytes per token"), ("fertility", "tokens per word"), ("unused", "unused entries")):
+        print(f"{words:20}{metrics['bpe_train'][name]:12.4g}{metrics['bpe_test'][name]:12.4g}")
+    longest = sorted(bpe.bytes[:256 + len(bpe.merges)], key=len, reverse=True)[:8]
+    print("longest tokens      " + "  ".join(repr(t.decode("utf-8", "replace")) for t in longest))
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the idea: vectors to integers and back
+#   B images   T tokens of an image (64 cells, or K)   D depth (1, or the codebooks of rvq)   C code dimension   V codes
+#   z (B, T, C) latents   codes (D, V, C)   index (B, T, D) integers   q (B, T, C) = sum over depth of the chosen codes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def straight_through(z, q):
+    """The value of q with the gradient of z: rounding has slope 0 almost everywhere, so pretend that it has slope 1.
+
+    >>> z = torch.tensor([0.3], requires_grad=True)
+    >>> (straight_through(z, z.round()) * 5).backward(); z.grad
+    tensor([5.])
+    """
+    return z + (q - z).detach()
+
+
+def kmeans(points, k, generator, rounds=10):
+    """Points (N, C) -> k means. Starts far apart: each start is drawn in proportion to its squared distance from those before (k-means++)."""
+    means = points[torch.randint(len(points), (1,), generator=generator)]
+    distance = (points - means).square().sum(-1)
+    while len(means) < k:  # in rounds of an eighth: k-means++ with far fewer passes
+        fresh = points[spread(distance, min(max(k // 8, 1), k - len(means)), generator)]
+        means = torch.cat([means, fresh])
+        distance = torch.minimum(distance, kernels.nearest_code(points, fresh, return_distance=True)[1])
+    for _ in range(rounds):
+        index = kernels.nearest_code(points, means)
+        counts = torch.bincount(index, minlength=k)[:, None]
+        means = torch.where(counts > 0, torch.zeros_like(means).index_add_(0, index, points) / counts.clamp(min=1), means)
+    return means
+
+
+def spread(distance, n, generator):
+    """n indices of points drawn in proportion to their squared distance (N,) from the nearest code: where a new code helps most."""
+    weights = distance.float().cpu() + 1e-12
+    return torch.multinomial(weights, n, replacement=n > len(weights), generator=generator).to(distance.device)
+
+
+def residual_quantize(z, codes):
+    """z (N, C), codes (D, V, C) -> index (N, D), partial sums (D, N, C): each codebook codes what those before it left over.
+
+    >>> residual_quantize(torch.tensor([[5.2]]), torch.tensor([[[0.0], [4.0]], [[0.0], [1.0]]]))   # 4, then 1
+    (tensor([[1, 1]]), tensor([[[4.]],
+    <BLANKLINE>
+            [[5.]]]))
+    """
+    index, sums, q = [], [], torch.zeros_like(z)
+    for codebook in codes:
+        index.append(kernels.nearest_code(z - q, codebook))
+        q = q + codebook[index[-1]]
+        sums.append(q)
+    return torch.stack(index, -1), torch.stack(sums)
+
+
+def fsq_bound(z, levels):
+    """z (..., C) -> the same squashed so that rounding gives levels[c] different integers per channel (Mentzer et al. 2023, appendix A).
+
+    An odd L gives -(L-1)/2 .. (L-1)/2; an even L gives -L/2 .. L/2 - 1, and the shift keeps z = 0 at 0.
+
+    >>> fsq_bound(torch.tensor([-99.0, 0.0, 99.0])[:, None], torch.tensor([4])).round().flatten().tolist()
+    [-2.0, 0.0, 1.0]
+    """
+    half = (levels - 1) * (1 - 1e-3) / 2  # a hair less than the edge, where rounding would tip over
+    offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+    return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+
+
+def fsq_index(digits, levels):
+    """Integers of `fsq_bound(...).round()` (..., C) -> one integer: digits of a number whose place c has base levels[c], lowest first.
+
+    >>> fsq_index(torch.tensor([-2, 1]), torch.tensor([4, 3]))     # digits 0 and 2: 0 + 4 * 2
+    tensor(8)
+    """
+    base = torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
+    return ((digits.long() + levels // 2) * base).sum(-1)
+
+
+def fsq_digits(index, levels):
+    """The inverse of `fsq_index`: (...) -> (..., C)"""
+    base = torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
+    return index[..., None] // base % levels - levels // 2
+
+
+def lfq_index(z):
+    """The signs of z (..., bits) read as a binary number, lowest bit first (zero counts as negative).
+
+    >>> lfq_index(torch.tensor([0.3, -2.0, 0.1]))    # + - + : 1 + 0 + 4
+    tensor(5)
+    """
+    return ((z > 0) << torch.arange(z.shape[-1], device=z.device)).sum(-1)
+
+
+def lfq_code(index, bits):
+    """The inverse of `lfq_index`: (...) -> (..., bits) of -1 and 1"""
+    return (index[..., None] >> torch.arange(bits, device=index.device) & 1) * 2.0 - 1
+
+
+def entropies(z, codes, temperature=1.0):
+    """Soft assignment p = softmax(-|z - c|^2 / temperature) of z (N, C) -> (mean entropy of p, entropy of the mean p), in nats.
+
+    lfq wants the first small (every vector decides) and the second large (all codes are used): Yu et al. 2023, equation 5.
+    """
+    log_p = F.log_softmax((2 * z @ codes.T - codes.square().sum(-1)) / temperature, -1)
+    p = log_p.exp()
+    mean = p.mean(0)
+    return -(p * log_p).sum(-1).mean(), -(mean * mean.clamp(min=1e-9).log()).sum()
+
+
+def perturb(index, codes, share, generator, swap=0.5, near=0.1):
+    """For a `share` of the images replace every index (B, T) with probability `swap` by one of its nearest codes (RobustTok).
+
+    `near`: how many of the V codes count as nearest. A generator makes mistakes; a decoder that has seen near misses forgives them.
+    """
+    nearest = torch.cdist(codes, codes).fill_diagonal_(math.inf).topk(max(1, int(near * len(codes))), largest=False).indices  # (V, n)
+    draw = lambda *shape: torch.rand(*shape, generator=generator).to(index.device)
+    chosen = (draw(len(index), 1) < share) & (draw(*index.shape) < swap)
+    other = nearest[index, (draw(*index.shape) * nearest.shape[1]).long()]
+    return torch.where(chosen, other, index)
+
+
+def keep_prefix(q, keep):
+    """Zero all tokens from number keep[b] on: q (B, T, C), keep (B,). The decoder learns to do with what is left (nested dropout)."""
+    return q * (torch.arange(q.shape[1], device=q.device) < keep[:, None])[..., None]
+
+
+def usage(index, size):
+    """Integers of any shape -> (share of the `size` codes that occur, perplexity exp(entropy) = number of codes in effective use).
+
+    >>> usage(torch.tensor([0, 0, 1, 1]), 4)
+    (0.5, 2.0)
+    """
+    counts = torch.bincount(index.flatten(), minlength=size).double()
+    p = counts / counts.sum()
+    return float((counts > 0).double().mean()), float(torch.exp(torch.special.entr(p).sum()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model: three quantizers behind one interface, one encoder, one decoder
+#   quantizer(z, generator) -> q with the gradient of z, index, auxiliary loss;  .codes (D, V, C);  .lookup(index) -> q
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Quantizer(nn.Module):
+    def lookup(self, index):
+        """index (B, T, D) -> q (B, T, C)"""
+        return sum(codebook[i] for codebook, i in zip(self.codes, index.unbind(-1)))
+
+
+class VectorQuantizer(Quantizer):
+    """vq (depth 1) and rvq. Each code is a running mean of the vectors that choose it; a code that nobody chooses is born again elsewhere."""
+
+    def __init__(self, size, dim, depth=1, learned=False, cosine=False, commitment=0.25, decay=0.95, restart=0.05):
+        super().__init__()
+        self.learned, self.cosine, self.commitment, self.decay, self.restart = learned, cosine, commitment, decay, restart
+        codes = torch.empty(depth, size, dim).uniform_(-1 / size, 1 / size)  # the customary start; only `learned` keeps it
+        self.codes = nn.Parameter(codes) if learned else nn.Buffer(codes)
+        self.count, self.total = nn.Buffer(torch.zeros(depth, size)), nn.Buffer(torch.zeros(depth, size, dim))
+
+    def forward(self, z, generator=None):
+        z = F.normalize(z, dim=-1) if self.cosine else z
+        points = z.detach().flatten(0, 1)
+        if self.training and not self.learned and not self.count.any():
+            self.start(points, generator)
+        codes = F.normalize(self.codes, dim=-1) if self.cosine else self.codes
+        index, sums = residual_quantize(points, codes.detach())
+        if self.training and not self.learned:
+            self.update(points, index, sums, generator)
+        index = index.view(*z.shape[:2], -1)
+        loss = self.commitment * (z - sums.view(-1, *z.shape)).square().mean()
+        if self.learned:  # the codes move towards their vectors by gradient
+            loss = loss + F.mse_loss(self.lookup(index), z.detach())
+        return straight_through(z, sums[-1].view_as(z)), index, loss
+
+    @torch.no_grad()
+    def start(self, points, generator):
+        """Codes = means of the first vectors, so that every code has a job from the first step."""
+        for d, codebook in enumerate(self.codes):
+            codebook.copy_(kmeans(points, len(codebook), generator))
+            points = points - codebook[kernels.nearest_code(points, codebook)]
+            self.count[d], self.total[d] = 1, codebook
+
+    @torch.no_grad()
+    def update(self, points, index, sums, generator):
+        """codes = sum of vectors / number of vectors, both with exponential forgetting; then restart the dead."""
+        for d, codebook in enumerate(self.codes):
+            rest = points - (sums[d - 1] if d else 0)
+            number = torch.bincount(index[:, d], minlength=len(codebook)).float()
+            self.count[d].lerp_(number, 1 - self.decay)
+            self.total[d].lerp_(torch.zeros_like(codebook).index_add_(0, index[:, d], rest), 1 - self.decay)
+            dead = (self.count[d] < self.restart * len(points) / len(codebook)).nonzero()[:, 0]
+            if len(dead):
+                fresh = rest[spread((points - sums[d]).square().sum(-1), len(dead), generator)]
+                self.count[d, dead] = fair = len(points) / len(codebook)
+                self.total[d, dead] = fresh * fair
+            codebook.copy_(self.total[d] / self.count[d, :, None])
+        if self.cosine:
+            self.codes.copy_(F.normalize(self.codes, dim=-1))
+
+
+class FSQ(Quantizer):
+    """Every channel rounded to a few levels; the codebook is the grid itself, so nothing can collapse and there is no auxiliary loss."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = nn.Buffer(torch.tensor(levels))
+        self.codes = nn.Buffer(self.scale(fsq_digits(torch.arange(math.prod(levels)), self.levels))[None])
+
+    def scale(self, digits):
+        return digits / (self.levels // 2)  # into -1 .. 1
+
+    def forward(self, z, generator=None):
+        bounded = fsq_bound(z, self.levels)
+        digits = bounded.round()
+        q = straight_through(self.scale(bounded), self.scale(digits))
+        return q, fsq_index(digits, self.levels)[..., None], z.new_zeros(())
+
+
+class LFQ(Quantizer):
+    """The sign of every channel; two entropies keep the vectors decided and the codes in use."""
+
+    def __init__(self, bits, commitment=0.25, entropy=0.1):
+        super().__init__()
+        self.commitment, self.entropy = commitment, entropy
+        self.codes = nn.Buffer(lfq_code(torch.arange(2**bits), bits)[None])
+
+    def forward(self, z, generator=None):
+        index = lfq_index(z)[..., None]
+        q = self.lookup(index)
+        each, overall = entropies(z.flatten(0, 1), self.codes[0])
+        return straight_through(z, q), index, self.commitment * F.mse_loss(z, q) + self.entropy * (each - overall)
+
+
+def norm(x):
+    return F.layer_norm(x, x.shape[-1:])  # no gain, no bias
+
+
+class Residual(nn.Module):
+    """x + conv(relu(conv(relu(x)))), 3x3. Kernels are kept as the matrices (out, in * 9) that Muon wants; the second starts at zero."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(width, width * 9) * (2 / (width * 9)) ** 0.5)
+        self.second = nn.Parameter(torch.zeros(width, width * 9))
+
+    def forward(self, x):
+        kernel = lambda matrix: matrix.unflatten(1, (-1, 3, 3))
+        return x + F.conv2d(F.relu(F.conv2d(F.relu(x), kernel(self.first), padding=1)), kernel(self.second), padding=1)
+
+
+class Read(nn.Module):
+    """Slots x (B, N, W) look into a memory (B, M, W) by attention, then think (an MLP). Both output layers start at zero."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x, memory):
+        split = lambda y: y.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads)).permute(2, 0, 3, 1, 4).float()  # (n, B, H, N, W/H)
+        q, (k, v) = split(self.query(norm(x)))[0], split(self.key_value(norm(memory)))
+        y = F.scaled_dot_product_attention(norm(q), norm(k), v)  # in fp32: on CPUs the bf16 backward is slower
+        x = x + self.proj(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+
+class Tokenizer(nn.Module):
+    """Images <-> tokens. `encode` and `decode` are the two halves; `forward` is both, for training."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layout, self.disturb, width = config.layout, config.perturb, config.width
+        self.quantizer = make_quantizer(config)
+        self.depth, self.size, dim = self.quantizer.codes.shape
+        self.slots = 64 if config.layout == "grid" else config.tokens
+        self.grid = (8, 8 * self.depth) if config.layout == "grid" else (1, self.slots * self.depth)
+        self.stem = nn.Conv2d(1, width, 8, stride=4, padding=2)
+        self.encoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
+        self.to_code, self.from_code = nn.Linear(width, dim), nn.Linear(dim, width)
+        self.decoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
+        self.paint = nn.ConvTranspose2d(width, 1, 8, stride=4, padding=2)  # 4x4 pixels a cell, overlapping by 2
+        if config.layout == "1d":
+            self.place, self.query, self.slot, self.cell = (nn.Parameter(torch.randn(n, width) * 0.02) for n in (64, self.slots, self.slots, 64))
+            self.gather, self.scatter = (nn.ModuleList(Read(width) for _ in range(2)) for _ in range(2))
+
+    def latents(self, images):
+        """float (B, 32, 32) -> z (B, T, C)"""
+        x = self.encoder(self.stem(images[:, None])).flatten(2).mT
+        if self.layout == "1d":
+            grid, x = x + self.place, self.query.expand(len(x), -1, -1)
+            for read in self.gather:
+                x = read(x, torch.cat([x, grid], 1))
+        return self.to_code(norm(x)).float()
+
+    def paint_codes(self, q):
+        """q (B, T, C) -> images float (B, 32, 32), not yet clamped"""
+        x = self.from_code(q)
+        if self.layout == "1d":
+            slots, x = x + self.slot, self.cell.expand(len(x), -1, -1)
+            for read in self.scatter:
+                x = read(x, torch.cat([x, slots], 1))
+        x = self.decoder(x.mT.unflatten(2, (8, 8)))
+        return self.paint(F.relu(x))[:, 0].float()
+
+    def forward(self, images, generator):
+        """float (B, 32, 32) -> rebuilt images, index (B, T, D), auxiliary loss"""
+        z = self.latents(images)
+        with torch.autocast(images.device.type, enabled=False):
+            q, index, loss = self.quantizer(z, generator)
+            if self.disturb:
+                swapped = [perturb(index[..., d], codes, self.disturb, generator) for d, codes in enumerate(self.quantizer.codes.detach())]
+                q = q + (self.quantizer.lookup(torch.stack(swapped, -1)) - q).detach()
+        if self.layout == "1d":  # half of the images keep all tokens, the others 1 .. T of them
+            keep = torch.randint(1, 2 * self.slots + 1, (len(q),), generator=generator).clamp(max=self.slots)
+            q = keep_prefix(q, keep.to(q.device))
+        return self.paint_codes(q), index, loss
+
+    @torch.no_grad()
+    def encode(self, images):
+        """float (B, 32, 32) in [0, 1] -> tokens (B, T * D): the codes of a slot stand side by side, codebook d takes the integers from d V on"""
+        index = self.quantizer(self.latents(images))[1]
+        return (index + torch.arange(self.depth, device=index.device) * self.size).flatten(1)
+
+    def decode(self, tokens, keep=None):
+        """tokens (B, T * D) -> images (B, 32, 32) in [0, 1]. keep: use only so many tokens per image (1d), or codebooks (rvq)."""
+        q = self.quantizer.lookup(tokens.unflatten(1, (self.slots, self.depth))[..., :keep if self.layout == "grid" else None] % self.size)
+        if keep is not None and self.layout == "1d":
+            q = keep_prefix(q, torch.full((len(q),), keep, device=q.device))
+        return self.paint_codes(q).clamp(0, 1)
+
+
+def make_quantizer(config):
+    if config.quantizer == "fsq":
+        return FSQ([int(level) for level in config.levels.split(",")])
+    if config.quantizer == "lfq":
+        return LFQ(config.codebook.bit_length() - 1, config.commitment)
+    return VectorQuantizer(config.codebook, config.code_dim, config.depth if config.quantizer == "rvq" else 1, config.learned_codebook,
+                           config.cosine, config.commitment)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluation
+# ---------------------------------------------------------------------------------------------------------------------
+
+# --- shared: metrics
+
+
+class Judge(nn.Module):
+    """A small classifier, trained on the train split; its 64 penultimate features are the space of the Fréchet distance."""
+
+    def __init__(self, classes):
+        super().__init__()
+        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        self.body = nn.Sequential(conv(1, 16), conv(16, 32), conv(32, 64), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, images):
+        """images float (N, 32, 32) in [0, 1] -> features (N, 64), logits (N, classes)"""
+        features = self.body(images[:, None])
+        return features, self.head(features)
+
+
+def train_judge(images, labels, classes, device, seed, epochs=4):
+    """Fit the Judge to uint8 images (N, 32, 32) with random shifts of up to 2 pixels. Seconds on a CPU."""
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        torch.manual_seed(seed)
+        judge = Judge(classes).to(device).train()
+        steps = max(epochs * len(images) // 128, 100)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        bar = Progress(steps, "classifier")
+        for _ in range(steps):
+            pick = torch.randint(len(images), (min(128, len(images)),))
+            batch = torch.roll(images[pick], tuple(torch.randint(-2, 3, (2,)).tolist()), (1, 2)).to(device).float() / 255
+            loss = F.cross_entropy(judge(batch)[1], labels[pick].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(loss=loss.item())
+    return judge.eval()
+
+
+@torch.no_grad()
+def judged(judge, images):
+    """uint8 (N, 32, 32) -> features float64 (N, 64), predicted classes (N,), both on the CPU"""
+    device = next(judge.parameters()).device
+    parts = [judge(part.to(device).float() / 255) for part in images.split(500)]
+    return torch.cat([f for f, _ in parts]).double().cpu(), torch.cat([z for _, z in parts]).argmax(-1).cpu()
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of two feature sets (N, D), (M, D) (Heusel et al. 2017, eq. 6).
+
+    Biased upwards by about 1/N: compare only values with the same N and the same reference.
+
+    >>> a = torch.randn(500, 3, dtype=torch.float64)
+    >>> round(float(frechet_distance(a, a + torch.tensor([3.0, 4.0, 0.0]))), 6)   # equal covariances, means 5 apart
+    25.0
+    """
+    def root(m):  # of a symmetric positive matrix; rounding may leave tiny negative eigenvalues
+        values, vectors = torch.linalg.eigh(m)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+    cov_a, cov_b = torch.cov(a.mT), torch.cov(b.mT)
+    half = root(cov_a)
+    cross = torch.linalg.eigvalsh(half @ cov_b @ half).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def diversity(features, labels):
+    """Mean distance between two samples of the same class, in feature space; guidance that kills variety makes it fall."""
+    per_class = [torch.pdist(features[labels == c]).mean() for c in labels.unique() if (labels == c).sum() > 1]
+    return float(torch.stack(per_class).mean()) if per_class else float("nan")
+
+
+def image_metrics(judge, images, labels, real, real_labels):
+    """Samples (uint8) with the classes asked for, against real images -> gfd, class_accuracy, diversity (1 = as varied as real)."""
+    (features, seen), (real_features, _) = judged(judge, images), judged(judge, real)
+    return {"gfd": frechet_distance(features, real_features), "class_accuracy": float((seen == labels).double().mean()),
+            "diversity": diversity(features, labels) / diversity(real_features, real_labels)}
+
+
+def nearest_images(images, pool):
+    """For every image (N, 32, 32) the closest of the pool (M, 32, 32) in mean squared error -> indices (N,): did we memorise?"""
+    return kernels.nearest_code(images.flatten(1).float(), pool.flatten(1).float())
+
+
+# --- end shared
+
+def to_float(images, device):
+    return images.to(device).float() / 255
+
+
+@torch.no_grad()
+def tokenize(model, images):
+    """uint8 (N, 32, 32) -> tokens int64 (N, L), on the CPU"""
+    return torch.cat([model.encode(to_float(part, model.stem.weight.device)).cpu() for part in images.split(500)])
+
+
+@torch.no_grad()
+def rebuild(model, tokens, keep=None):
+    """tokens (N, L) -> uint8 (N, 32, 32), on the CPU"""
+    return torch.cat([(model.decode(part.to(model.stem.weight.device), keep) * 255).round().byte().cpu() for part in tokens.split(500)])
+
+
+def psnr(images, other):
+    """Peak signal-to-noise ratio in dB of the squared error over *all* pixels of all images (not the mean of the images' own PSNRs).
+
+    >>> psnr(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([0, 230], dtype=torch.uint8)).__round__(2)
+    23.18
+    """
+    error = (images.float() - other.float()).square().mean() / 255**2
+    return float(-10 * torch.log10(error))
+
+
+def prefixes(model):
+    """The lengths at which a prefix of the code is decoded: tokens 1, 2, 4, ... K (1d), codebooks 1 .. D (rvq), else just everything."""
+    if model.layout == "1d" and model.depth == 1:
+        return sorted({2**i for i in range(model.slots.bit_length())} | {model.slots})
+    return list(range(1, model.depth + 1)) if model.layout == "grid" else [model.slots]
+
+
+def validate(model, images):
+    """Over all of `images`: PSNR, usage and perplexity of every codebook, quantization error relative to the variance of the latents"""
+    tokens = tokenize(model, images)
+    index = tokens.unflatten(1, (model.slots, model.depth)) % model.size
+    used = [usage(i, model.size) for i in index.unbind(-1)]
+    metrics = {"rpsnr": psnr(rebuild(model, tokens), images), "usage": min(u for u, _ in used), "perplexity": min(p for _, p in used),
+               "usage_per_codebook": [u for u, _ in used], "perplexity_per_codebook": [p for _, p in used]}
+    if isinstance(model.quantizer, VectorQuantizer):
+        with torch.no_grad():
+            z = model.latents(to_float(images[:500], model.stem.weight.device))
+            z = F.normalize(z, dim=-1) if model.quantizer.cosine else z
+            q = model.quantizer.lookup(index[:500].to(z.device))
+        metrics["latent_error"] = float((z - q).square().mean() / z.flatten(0, 1).var(0).mean())
+    return metrics
+
+
+def codec_curve(images, kind, qualities=(1, 5, 10, 20, 35, 50, 70, 90)):
+    """JPEG or WebP of Pillow at several qualities -> list of (bits per image of the whole file, bits of the coded pixels alone, PSNR).
+
+    A file of a 32x32 image is mostly header. The second figure leaves out all that a decoder could know beforehand: for JPEG everything
+    before the scan (tables are the standard ones), for WebP the 30 bytes of container and frame header.
+    """
+    from PIL import Image
+    curve = []
+    for quality in qualities:
+        whole, inner, back = 0, 0, []
+        for image in images.numpy():
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, kind, quality=quality)
+            raw = file.getvalue()
+            scan = raw.find(b"\xff\xda")
+            header = scan + 2 + int.from_bytes(raw[scan + 2:scan + 4], "big") if kind == "JPEG" else 30
+            whole, inner = whole + len(raw), inner + len(raw) - header
+            back.append(np.asarray(Image.open(file).convert("L")))
+        curve.append((8 * whole / len(images), 8 * inner / len(images), psnr(images, torch.from_numpy(np.stack(back)))))
+    return curve
+
+
+def evaluate(config, model, data, tokens, test_tokens):
+    """All numbers of the report; every one over the whole validation set."""
+    bits = model.slots * model.depth * math.log2(model.size)
+    metrics = validate(model, data.test) | {"bits_per_image": bits, "tokens_per_image": model.slots * model.depth, "codebook_size": model.size}
+    judge = train_judge(data.train, data.train_labels, data.classes, model.stem.weight.device, config.seed)
+    some = slice(0, config.samples)
+    real = data.test[some], data.test_labels[some]
+    distance = lambda images: image_metrics(judge, images, data.train_labels[some], *real)["gfd"]
+    metrics |= {"gfd_floor": distance(data.train[some]), "rfd": distance(rebuild(model, tokens[some]))}
+    # pFD (RobustTok): the same after one token in four became one of its neighbours, as a generator's mistakes would have it
+    generator, codes = torch.Generator().manual_seed(config.seed), model.quantizer.codes.detach().cpu()
+    index = (tokens[some] % model.size).unflatten(1, (-1, model.depth))
+    near = torch.stack([perturb(index[..., d], codes[d], 1.0, generator, swap=0.25) + d * model.size for d in range(model.depth)], -1)
+    metrics["pfd"] = distance(rebuild(model, near.flatten(1)))
+    metrics["mean_image_psnr"] = psnr(data.test, data.train.float().mean(0).expand(len(data.test), -1, -1))
+    metrics["prefix_psnr"] = {str(n): psnr(rebuild(model, test_tokens, n), data.test) for n in prefixes(model)}
+    metrics["prefix_rfd"] = {str(n): distance(rebuild(model, tokens[some], n)) for n in prefixes(model)}
+    return metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoint
+# ---------------------------------------------------------------------------------------------------------------------
+
+# --- shared: checkpoint
+def save_checkpoint(path, state):
+    """Write `state` (tensors and plain types) so that `path` is always either the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): free some space, or choose another --out") from None
+
+
+def load_checkpoint(path):
+    """-> the saved dict, on the CPU. Nothing in the file is executed (weights_only)."""
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["config"], state["model"]
+    except Exception as error:  # torch reports a broken file by many types
+        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train again") from None
+    return state
+
+
+def make_folder(out):
+    """Create OUT before the work starts: a typing error then costs a second, not the run."""
+    path = pathlib.Path(out)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / ".writable").touch()
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
+    return path
+
+
+def rng_state():
+    """The state of torch's global generators, as tensors that a checkpoint can hold."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Interrupt:
+    """`with Interrupt() as stop:` Ctrl-C and SIGTERM only set stop.asked, so that no optimizer step is cut in half."""
+
+    def __enter__(self):
+        self.asked, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():  # nobody else may set signal handlers
+            self.before = {n: signal.signal(n, lambda *_: setattr(self, "asked", True)) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+# --- end shared
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------------------------------
+
+# --- shared: muon
+
+
+def orthogonalize(G, rounds=5, dtype=torch.float32):
+    """The nearest orthogonal matrix, nearly: U V^T of G = U S V^T, with singular values of 0.7 to 1.2 instead of 1. G (..., m, n).
+
+    Newton-Schulz: the odd quintic a x + b x^3 + c x^5, applied to a matrix, acts on its singular values alone, and these
+    coefficients push every value in (0, 1] towards 1 in five rounds of matrix products (Jordan et al. 2024).
+
+    >>> orthogonalize(torch.diag(torch.tensor([3.0, 0.2]))).diagonal().round(decimals=1)    # 3 and 0.2 both become about 1
+    tensor([0.7000, 1.1000])
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    X = G.mT if G.shape[-2] > G.shape[-1] else G  # X X^T on the short side
+    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # bf16 is exact enough, and faster where the hardware has it
+    for _ in range(rounds):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    X = X.float()
+    return X.mT if G.shape[-2] > G.shape[-1] else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every direction of a weight matrix moves at the same speed, the rare ones too (Jordan et al. 2024).
+
+    For the matrices inside the blocks only. Matrices of one shape are orthogonalised in one batched product.
+    """
+
+    def __init__(self, params, lr=0.02, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+        self.dtype = dtype  # of the products in `orthogonalize`
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in by_shape.items():
+                updates = []
+                for p in params:
+                    velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                    velocity.lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(velocity, group["momentum"]))  # Nesterov: look one step ahead
+                updates = orthogonalize(torch.stack(updates), dtype=self.dtype)
+                scale = max(1, rows / columns) ** 0.5  # an update then changes the outputs by about lr, whatever the shape
+                for p, update in zip(params, updates):
+                    p.sub_(update, alpha=group["lr"] * scale)
+
+
+# --- end shared
+
+def make_optimizers(model, config, dtype):
+    bodies = [m for name, m in model.named_children() if name in ("encoder", "decoder", "gather", "scatter")]
+    matrices = [p for body in bodies for p in body.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    return [Muon(matrices, lr=config.lr, dtype=dtype), torch.optim.AdamW(rest, lr=config.lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+
+def train(config, model, data, dtype, out):
+    """Fit the model; write last.pt and best.pt (highest validation PSNR) into `out`; -> history, a list of dicts, one per validation."""
+    device, variance = model.stem.weight.device, float((data.train.float() / 255).var())
+    optimizers = make_optimizers(model, config, dtype)
+    base_lr = [o.param_groups[0]["lr"] for o in optimizers]
+    rng = torch.Generator().manual_seed(config.seed)  # draws images, restarts, perturbations, prefix lengths
+    step, best, history, spent = 0, -math.inf, [], 0.0
+    if config.resume:
+        state = load_checkpoint(out / "last.pt")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        step, best, history, spent = state["step"], state["best"], state["history"], state["seconds"]
+        rng.set_state(state["rng"])
+
+    def snapshot(name):
+        save_checkpoint(out / name, {"config": dataclasses.asdict(config), "model": model.state_dict(), "step": step, "best": best,
+                                     "optimizers": [o.state_dict() for o in optimizers], "history": history, "seconds": spent,
+                                     "rng": rng.get_state()})
+
+    forward = torch.compile(model) if config.compile else model
+    bar, began = Progress(config.steps, "train", start=step), time.time() - spent
+    with Interrupt() as stop:
+        while step < config.steps:
+            images = to_float(data.train[torch.randint(len(data.train), (config.batch,), generator=rng)], device)
+            for optimizer, lr in zip(optimizers, base_lr):
+                optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # linear decay to zero, no warm-up
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                rebuilt, index, extra = forward(images, rng)
+            error = F.mse_loss(rebuilt, images) / variance  # 1 for a grey picture, so that the commitment weight means the same on any data
+            loss = error + extra
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {out / 'last.pt'} holds the last good state, if any")
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            step += 1
+            bar.update(error=error.item(), extra=extra.item())
+            if step % config.eval_every == 0 or step == config.steps:
+                model.eval()
+                history.append({"step": step, "error": error.item(), "extra": extra.item(), **validate(model, data.test)})
+                model.train()
+            if step % config.eval_every == 0 or step == config.steps or stop.asked:
+                spent = time.time() - began
+                if history and history[-1]["step"] == step and history[-1]["rpsnr"] > best:
+                    best = history[-1]["rpsnr"]
+                    snapshot("best.pt")
+                snapshot("last.pt")
+            if stop.asked:
+                raise KeyboardInterrupt(f"step {step} is saved; go on with the same command and --resume")
+    return history
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# export: what nano_ar reads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Decode(nn.Module):
+    """The decoder alone, for torch.export: int64 tokens (B, L) -> float images (B, 32, 32) in [0, 1]"""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model.decode(tokens)
+
+
+def export(model, data, train_tokens, test_tokens, out):
+    """Write OUT/tokens.npz and OUT/decoder.pt2; nano_ar.py documents the format."""
+    arrays = {"train_tokens": train_tokens, "test_tokens": test_tokens, "train_labels": data.train_labels, "test_labels": data.test_labels}
+    np.savez_compressed(out / "tokens.npz", train_images=data.train.numpy(), test_images=data.test.numpy(), grid=np.array(model.grid),
+                        codebook_size=model.size * model.depth, **{name: array.numpy().astype(np.int32) for name, array in arrays.items()})
+    decoder = Decode(copy.deepcopy(model).cpu().requires_grad_(False).eval())
+    program = torch.export.export(decoder, (test_tokens[:2],), dynamic_shapes={"tokens": {0: torch.export.Dim("batch", min=1)}})
+    torch.export.save(program, out / "decoder.pt2")
+    print(f"wrote {out / 'tokens.npz'} and {out / 'decoder.pt2'}: python nano_ar.py --tokens {out}")
+
+
+def encode_file(config, model, out):
+    """--input IMAGE -> OUT/<name>.tokens.json"""
+    from PIL import Image, ImageOps
+    path = pathlib.Path(config.input)
+    try:
+        image = np.asarray(ImageOps.fit(Image.open(path).convert("L"), (32, 32)))
+    except OSError as error:
+        raise UserError(f"--input {config.input or '(empty)'}: no readable image ({error})") from None
+    tokens = tokenize(model, torch.from_numpy(image.copy())[None])[0].tolist()
+    write_json(out / f"{path.stem}.tokens.json", {"grid": model.grid, "codebook_size": model.size * model.depth, "tokens": tokens})
+    print(f"{len(tokens)} tokens: {' '.join(map(str, tokens))}\nwrote {out / f'{path.stem}.tokens.json'}")
+
+
+def decode_file(config, model, out):
+    """--input FILE.tokens.json -> OUT/FILE.png"""
+    from PIL import Image
+    path = pathlib.Path(config.input)
+    try:
+        tokens = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["tokens"])
+        if tokens.dtype != torch.long or tokens.shape != (math.prod(model.grid),) or not 0 <= tokens.min() <= tokens.max() < model.size * model.depth:
+            raise ValueError(f"need {math.prod(model.grid)} integers from 0 to {model.size * model.depth - 1}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--input {config.input or '(empty)'}: no tokens of this tokenizer ({error})") from None
+    target = out / (path.name.removesuffix(".tokens.json") + ".png")
+    Image.fromarray(rebuild(model, tokens[None])[0].numpy()).save(target)
+    print(f"wrote {target}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report
+# ---------------------------------------------------------------------------------------------------------------------
+
+# --- shared: figures
+def new_figure(width, height, rows=1, columns=1):
+    """A matplotlib figure that needs no screen (no pyplot, no state), and its axes as an array (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
+def show_images(axis, images, columns, title):
+    """uint8 images (N, H, W), `columns` a row, with a thin grey line between them."""
+    grid = F.pad(images.cpu(), (0, 1, 0, 1), value=96)
+    grid = F.pad(grid, (0, 0, 0, 0, 0, -len(grid) % columns), value=96).unflatten(0, (-1, columns))
+    axis.imshow(grid.transpose(1, 2).flatten(0, 1).flatten(1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+# --- end shared
+
+def draw_reconstructions(model, data, test_tokens, out):
+    """reconstructions.png: originals, then every prefix of the code, then where the last one errs"""
+    picked = torch.stack([(data.test_labels == c).nonzero()[0, 0] for c in range(data.classes) if (data.test_labels == c).any()])[:10]
+    rows, labels = [data.test[picked]], ["original"]
+    for n in prefixes(model):
+        rows.append(rebuild(model, test_tokens[picked], n))
+        labels.append(f"{n * (1 if model.layout == '1d' else model.slots)} tokens" if model.depth == 1 or model.layout == "grid" else "rebuilt")
+    rows.append(((rows[-1].int() - rows[0].int()).abs() * 2).clamp(max=255).byte())
+    labels.append("error x 2")
+    figure, axes = new_figure(6.4, 0.6 * len(rows) + 0.4)
+    show_images(axes[0, 0], torch.cat(rows), len(picked), f"{data.name}: {' | '.join(labels)}, from top to bottom")
+    save_figure(figure, out / "reconstructions.png")
+
+
+def draw_detail(model, data, test_tokens, out):
+    """detail.png: the best, a middling and the worst reconstruction, enlarged: what an average hides"""
+    rebuilt = rebuild(model, test_tokens)
+    errors = (rebuilt.float() - data.test.float()).square().mean((1, 2))
+    order = errors.argsort()
+    picked = [("best", order[0]), ("middle", order[len(order) // 2]), ("worst of 100", order[len(order) * 99 // 100]), ("worst", order[-1])]
+    figure, axes = new_figure(8, 6.2, 3, len(picked))
+    for column, (name, i) in enumerate(picked):
+        difference = rebuilt[i].float() - data.test[i].float()
+        for row, (picture, style) in enumerate(((data.test[i], dict(cmap="gray", vmin=0, vmax=255)), (rebuilt[i], dict(cmap="gray", vmin=0, vmax=255)),
+                                                (difference, dict(cmap="RdBu", vmin=-128, vmax=128)))):
+            axes[row, column].imshow(picture, interpolation="nearest", **style)
+            axes[row, column].set_xticks([]), axes[row, column].set_yticks([])
+        axes[0, column].set_title(f"{name}: {-10 * math.log10(max(float(errors[i]), 1e-6) / 255**2):.1f} dB", fontsize=9)
+    for row, words in enumerate(("original", "rebuilt", "rebuilt - original\n(red: too dark)")):
+        axes[row, 0].set_ylabel(words, fontsize=9)
+    save_figure(figure, out / "detail.png")
+
+
+def draw_codes(model, data, history, test_tokens, out):
+    """codes.png: how often each code is used, the pictures a code stands for, and how usage and PSNR grew"""
+    figure, axes = new_figure(11, 3.4, 1, 3)
+    index = (test_tokens % model.size).unflatten(1, (model.slots, model.depth))
+    counts = [torch.bincount(i.flatten(), minlength=model.size) for i in index.unbind(-1)]
+    for d, count in enumerate(counts):
+        axes[0, 0].plot(count.sort(descending=True).values / count.sum(), label=f"codebook {d + 1}")
+    axes[0, 0].axhline(1 / model.size, color="gray", ls=":", label="all alike")
+    axes[0, 0].set(yscale="log", xlabel="codes, most frequent first", ylabel="share of tokens", title="use of the codes")
+    axes[0, 0].legend(fontsize=8)
+    if model.layout == "grid":
+        cells = F.unfold(F.pad(data.test[:, None].float(), (2, 2, 2, 2)), 8, stride=4).mT.flatten(0, 1)  # 8x8 pixels around every cell
+        mean = torch.zeros(model.size, 64).index_add_(0, index[..., 0].flatten(), cells) / counts[0].clamp(min=1)[:, None]
+        show_images(axes[0, 1], mean[counts[0].argsort(descending=True)][:256].view(-1, 8, 8).round().byte(), 16,
+                    "mean 8x8 neighbourhood of each code, by frequency")
+    else:
+        show_positions(axes[0, 1], model, data, test_tokens)
+    axis, steps = axes[0, 2], [h["step"] for h in history]
+    axis.plot(steps, [h["rpsnr"] for h in history], ".-", label="PSNR (dB)")
+    axis.plot(steps, [100 * h["usage"] for h in history], ".-", label="usage (%)")
+    axis.plot(steps, [100 * h["perplexity"] / model.size for h in history], ".-", label="perplexity (% of codes)")
+    axis.set(xlabel="step", ylim=(0, 105), title="validation")
+    axis.legend(fontsize=8)
+    save_figure(figure, out / "codes.png")
+
+
+def show_positions(axis, model, data, test_tokens):
+    """1d: mean absolute change of the picture when one token, first to last, is swapped for that of another image"""
+    some, other = test_tokens[:200], test_tokens[200:400]
+    whole, maps = rebuild(model, some).float(), []
+    for i in range(min(model.slots, 64)):
+        mixed = some.unflatten(1, (model.slots, model.depth)).clone()
+        mixed[:, i] = other.unflatten(1, (model.slots, model.depth))[:len(mixed), i] if len(other) == len(some) else mixed[:, i].flip(0)
+        maps.append((rebuild(model, mixed.flatten(1)).float() - whole).abs().mean(0))
+    maps = torch.stack(maps)
+    show_images(axis, (maps / maps.max() * 255).byte(), math.isqrt(len(maps)), "where each token, first to last, changes the picture")
+
+
+def draw_rate_distortion(config, model, data, metrics, out):
+    """rate_distortion.png: PSNR against bits, beside JPEG and WebP and all other runs in the same folder on the same data"""
+    figure, axes = new_figure(7, 4.6)
+    axis, images = axes[0, 0], data.test[:300]
+    for kind, color in (("JPEG", "tab:gray"), ("WEBP", "tab:brown")):
+        curve = codec_curve(images, kind)
+        axis.plot([c[1] for c in curve], [c[2] for c in curve], color=color, marker=".", label=f"{kind}, coded pixels only")
+        axis.plot([c[0] for c in curve], [c[2] for c in curve], color=color, marker=".", ls=":", label=f"{kind}, whole file")
+    runs = {out.name: metrics}
+    for path in sorted(out.parent.glob("*/metrics.json")):
+        other = json.loads(path.read_text(encoding="utf-8"))
+        if other.get("data") == data.name and path.parent != out and "prefix_psnr" in other:
+            runs[path.parent.name] = other
+    for name, m in runs.items():
+        most = max(int(n) for n in m["prefix_psnr"])
+        rate = [m["bits_per_image"] * int(n) / most for n in m["prefix_psnr"]]
+        axis.plot(rate, list(m["prefix_psnr"].values()), "o-", ms=7 if m is metrics else 4, label=name)
+    axis.axhline(metrics["mean_image_psnr"], color="black", lw=0.8, ls="--", label="the mean image, 0 bits")
+    axis.set(xscale="log", xlabel="bits per image (without entropy coding of the tokens)", ylabel="PSNR (dB)", title=f"{data.name}: rate and distortion")
+    axis.legend(fontsize=7)
+    save_figure(figure, out / "rate_distortion.png")
+
+
+def write_json(path, metrics):
+    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+def print_report(m):
+    """The table that answers "is this normal?": value, healthy range, what to do."""
+    bits, size = m["bits_per_image"], m["codebook_size"]
+    per = lambda name, scale: " ".join(f"{scale * v:.1f}" for v in m[name])
+    rows = [("usage", f"{per('usage_per_codebook', 100)} %", "above 90 % of all codes, over all validation images"),
+            ("perplexity", per("perplexity_per_codebook", 1), f"above a quarter of the codes ({size // 4}); {size} would be all alike"),
+            ("PSNR", f"{m['rpsnr']:.2f} dB", f"the mean image alone has {m['mean_image_psnr']:.2f} dB"),
+            ("rFD", f"{m['rfd']:.2f}", f"real training images have {m['gfd_floor']:.2f}: the nearer the better"),
+            ("pFD", f"{m['pfd']:.2f}", "a quarter of the tokens swapped for near ones: how a generator's mistakes will look"),
+            ("bits per image", f"{bits:.0f}", f"{m['tokens_per_image']} tokens; {bits / 1024:.3f} bits per pixel")]
+    if "latent_error" in m:
+        rows.insert(2, ("latent error", f"{m['latent_error']:.3f}", "|z - code|^2 / variance of z: 0.01 to 0.3"))
+    if len(m["prefix_psnr"]) > 1:
+        rows.append(("PSNR of prefixes", " ".join(f"{n}:{v:.1f}" for n, v in m["prefix_psnr"].items()), "rises with every length"))
+    print("\n" + "\n".join(f"{name:17}{value:>26}   {words}" for name, value, words in rows))
+    if m["usage"] < 0.3:
+        print(f"COLLAPSED: {100 * (1 - m['usage']):.0f} % of the codes are never chosen. Cures: drop --learned-codebook (running means, k-means start and "
+              "restarts are the default), a smaller --code-dim, or fsq, which has no codebook")
+    print(f"total {m['seconds']:.0f} s, of which training {m['train_seconds']:.0f} s; peak memory {m['peak_memory_mb']:.0f} MB")
+
+
+def check(config, metrics):
+    """--check: exit with code 1 when a metric misses its band."""
+    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in BAND.get(config.data, {}).items() if metrics[name] < least]
+    if config.check and missed:
+        raise SystemExit(f"nano_tok: check failed: {'; '.join(missed)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def complete_config(config, part):
+    """Fill the defaults that depend on other flags; refuse what does not fit together."""
+    name = config.quantizer + ("-1d" if config.layout == "1d" else "")
+    config = dataclasses.replace(config, out=config.out or ("out/tok/bpe" if part == "bpe" else f"out/tok/{name}"),
+                                 data=config.data or ("pydoc" if part == "bpe" else "glyphs"))
+    if config.quantizer == "lfq" and config.codebook & (config.codebook - 1):
+        raise UserError(f"--codebook {config.codebook}: lfq needs a power of two")
+    if not re.fullmatch(r"([2-9]|[1-9]\d)(,([2-9]|[1-9]\d))*", config.levels):
+        raise UserError(f"--levels {config.levels}: integers from 2 to 99 with commas between, as in 8,6,5")
+    if config.cosine and config.quantizer != "vq":
+        raise UserError(f"--cosine is for --quantizer vq: what {config.quantizer} codes has no fixed length")
+    if config.learned_codebook and config.quantizer not in ("vq", "rvq"):
+        raise UserError(f"--learned-codebook: {config.quantizer} has no codebook to learn")
+    if config.width % 16:
+        raise UserError(f"--width {config.width}: must be a multiple of 16")
+    return config
+
+
+def main(argv=None):
+    """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
+    began = time.time()
+    part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
+    config = complete_config(config, part)
+    out, saved = make_folder(config.out), None
+    if part == "bpe":
+        metrics = run_bpe(config, out)
+        write_json(out / "metrics.json", metrics)
+        return metrics
+    device, dtype, reason = pick_device(config.device, config.precision)
+    keep_freed_memory()
+    if config.resume or part not in ("all", "train"):
+        saved = load_checkpoint(out / ("last.pt" if config.resume else "best.pt"))
+        config = adopt(config, saved["config"], out / "last.pt", PRESETS[config.preset])
+    torch.manual_seed(config.seed)
+    model = Tokenizer(config).to(device)
+    if part in ("encode", "decode"):
+        model.load_state_dict(saved["model"])
+        (encode_file if part == "encode" else decode_file)(config, model.eval(), out)
+        return {}
+    data = load_images(config.data, config.seed)
+    params = sum(p.numel() for p in model.parameters())
+    print(f"nano_tok: {reason}\ndata {data.name}: {len(data.train)} train, {len(data.test)} test, {data.classes} classes; {config.quantizer} {config.layout}: "
+          f"{model.slots} x {model.depth} tokens of {model.size}; model {params / 1e6:.2f} M parameters", flush=True)
+    if part in ("all", "train"):
+        train(config, model, data, dtype, out)
+        saved = load_checkpoint(out / "best.pt")
+    metrics = {"device": reason, "params": params, "seed": config.seed, "data": data.name, "train_seconds": saved["seconds"],
+               "images_per_second": saved["step"] * config.batch / max(saved["seconds"], 1e-9)}
+    model.load_state_dict(saved["model"])
+    model.eval()
+    if part in ("all", "eval"):
+        tokens, test_tokens = tokenize(model, data.train), tokenize(model, data.test)
+        metrics |= evaluate(config, model, data, tokens, test_tokens)
+        draw_reconstructions(model, data, test_tokens, out)
+        draw_detail(model, data, test_tokens, out)
+        draw_codes(model, data, saved["history"], test_tokens, out)
+        draw_rate_distortion(config, model, data, metrics, out)
+        export(model, data, tokens, test_tokens, out)
+        metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
+        write_json(out / "metrics.json", metrics)
+        print_report(metrics)
+        check(config, metrics)
+    return metrics
+
+
+if __name__ == "__main__":
+    sys.exit(cli(main))
