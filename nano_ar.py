@@ -88,8 +88,7 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv, parts, presets, description):
     """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=["all", *parts],
-                        help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
@@ -97,7 +96,9 @@ def parse_config(cls, argv, parts, presets, description):
         parser.add_argument(flags[field.name], default=field.default, help=field.metadata["help"] + " [%(default)s]", **kind)
     parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     args = vars(parser.parse_args(argv))
-    part = args.pop("part")
+    part = args.pop("part") or "all"
+    if part not in ("all", *parts):
+        raise UserError(f"there is no part {part!r}, only {', '.join(parts)} (--help explains)")
     for field in dataclasses.fields(cls):
         low, high, value = field.metadata["low"], field.metadata["high"], args[field.name]
         if (low is not None and not value >= low) or (high is not None and not value <= high):  # "not >=": NaN fails too
@@ -165,11 +166,10 @@ class Config:
     eval_every: int = opt(100, "steps between validations and checkpoints", low=1, fixed=True)
     # sampling
     samples: int = opt(2000, "images drawn for the metrics", low=10)
-    guidance: float = opt(1.5, "classifier-free guidance: 1 is the plain conditional model", low=0)
+    guidance: float = opt(1.25, "classifier-free guidance: 1 is the plain conditional model", low=0)
     temperature: float = opt(1.0, "divides the logits; 0 takes the most probable token", low=0)
     top_k: int = opt(0, "keep the k most probable tokens; 0 keeps all", low=0)
     top_p: float = opt(1.0, "keep the most probable tokens up to this mass", low=0, high=1)
-    nanogpt: str = opt("", "bench: path of nanoGPT's model.py, to time it beside ours")
 
 
 PARTS = {"train": "only train", "sample": "draw images from the checkpoint", "eval": "only the metrics", "complete": "finish half images",
@@ -479,7 +479,7 @@ def read_token_folder(folder):
             train, test = torch.from_numpy(file["train_images"]), torch.from_numpy(file["test_images"])
             grid, size = tuple(int(g) for g in file["grid"]), int(file["codebook_size"])
         decoder = torch.export.load(path.with_name("decoder.pt2")).module()
-    except (OSError, KeyError, ValueError, RuntimeError, EOFError) as error:
+    except Exception as error:  # numpy and torch report broken files by many types
         raise UserError(f"{folder} is no complete token folder ({error}): export it again") from None
     if not (parts["train_tokens"].shape[1:] == parts["test_tokens"].shape[1:] == (math.prod(grid),)) or parts["train_tokens"].max() >= size:
         raise UserError(f"{path}: tokens {tuple(parts['train_tokens'].shape)} up to {parts['train_tokens'].max()} do not fit grid {grid} "
@@ -563,7 +563,7 @@ class Block(nn.Module):
         else:  # no mask: the new slots see all older ones and each other
             end = start + x.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
-            y = kernels.decode_attention(q, cache[0], cache[1], end)
+            y = kernels.decode_attention(q, cache[0], cache[1], end, causal=False)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
 
@@ -595,8 +595,8 @@ class GPT(nn.Module):
     def logits(self, hidden, first, start, end):
         """hidden (B, n, C) of the slots from `first` on -> logits (B, end - start, V) of the tokens start .. end."""
         if len(self.heads) == 1:  # raster: token t is predicted by slot t
-            return self.heads[0](hidden).float()
-        return sum(head(hidden)[:, slots[start:end] - first].float() * weight[start:end, None].to(hidden.device)
+            return self.heads[0](hidden)
+        return sum(head(hidden)[:, (slots[start:end] - first).clamp(min=0)] * weight[start:end, None].to(hidden.device)
                    for head, slots, weight in zip(self.heads, self.order.sources, self.order.weights))
 
     def forward(self, tokens, labels):
@@ -647,8 +647,11 @@ class Order:
 def make_order(rows, columns, kind):
     """`raster`: left to right, top to bottom, one token a group. `diag`: anti-diagonals (NAR, He et al. 2025, section 3).
 
-    >>> make_order(2, 3, "diag").cells.tolist(), make_order(2, 3, "diag").groups      # 0 1 2
-    ([0, 1, 3, 2, 4, 5], [1, 2, 2, 1])                                                # 3 4 5
+    On the 2 x 3 grid 0 1 2 / 3 4 5:
+
+    >>> order = make_order(2, 3, "diag")
+    >>> order.cells.tolist(), order.groups
+    ([0, 1, 3, 2, 4, 5], [1, 2, 2, 1])
     """
     raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     length = rows * columns
@@ -708,13 +711,16 @@ def generate(model, labels, generator, guidance=1.0, temperature=1.0, top_k=0, t
     return torch.empty_like(tokens).index_copy_(1, order.cells.to(device), tokens)
 
 
-def generate_many(model, labels, generator, chunk=250, **how):
-    """`generate` in chunks of a fixed size, with a progress bar -> tokens (N, L) on the CPU."""
-    bar, parts = Progress(len(labels), "sampling"), []
-    for part in labels.split(chunk):
-        parts.append(generate(model, part, generator, **how).cpu())
+def draw(config, model, tokens, labels, given=None, chunk=250):
+    """`generate` with the settings and the seed of the config, in chunks, through the tokens' decoder -> uint8 (N, 32, 32)"""
+    device, bar, parts = model.place.device, Progress(len(labels), "sampling"), []
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for i in range(0, len(labels), chunk):
+        part = labels[i:i + chunk].to(device)
+        parts.append(generate(model, part, generator, config.guidance, config.temperature, config.top_k, config.top_p,
+                              given if given is None else given[i:i + chunk]))
         bar.update(len(part))
-    return torch.cat(parts)
+    return tokens.decode(torch.cat(parts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -771,7 +777,7 @@ def train_judge(images, labels, classes, device, seed, epochs=4):
     with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
         torch.manual_seed(seed)
         judge = Judge(classes).to(device).train()
-        steps = max(epochs * len(images) // 128, 100)
+        steps = max(epochs * len(images) // 128, 50)
         optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         bar = Progress(steps, "classifier")
@@ -834,7 +840,6 @@ def nearest_images(images, pool):
 
 # --- end shared
 
-@torch.no_grad()
 def milliseconds(function, repeats=5):
     """Median wall-clock of function() in milliseconds, after one call to warm up."""
     times = []
@@ -849,10 +854,6 @@ def milliseconds(function, repeats=5):
     return 1000 * statistics.median(times[1:])
 
 
-def sampler_settings(config):
-    return dict(guidance=config.guidance, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-
-
 def evaluate(config, model, data, tokens):
     """All metrics of the README, and the samples they were measured on -> metrics, images uint8 (N, 32, 32), labels (N,)."""
     device, length = model.place.device, len(model.place)
@@ -862,8 +863,7 @@ def evaluate(config, model, data, tokens):
                "bits_per_token": nats / math.log(2) / length}
 
     labels = torch.arange(config.samples) % data.classes
-    generator = torch.Generator(device).manual_seed(config.seed)
-    images = tokens.decode(generate_many(model, labels.to(device), generator, **sampler_settings(config)))
+    images = draw(config, model, tokens, labels)
     judge = train_judge(data.train, data.train_labels, data.classes, device, config.seed)
     real, real_labels = data.test[:config.samples], data.test_labels[:config.samples]
     metrics |= image_metrics(judge, images, labels, real, real_labels)
@@ -876,7 +876,7 @@ def evaluate(config, model, data, tokens):
     error = (tokens.decode(tokens.test).float() - data.test.float()).square().mean() / 255**2
     metrics["rpsnr"] = float(-10 * torch.log10(error))
 
-    one = lambda n: generate(model, labels[:1].repeat(n).to(device), generator, **sampler_settings(config))
+    one = lambda n: generate(model, labels[:1].repeat(n).to(device), None, config.guidance)
     metrics |= {"samples": config.samples, "calls_per_image": len(model.order.groups), "tokens_per_image": length,
                 "ms_per_image_b1": milliseconds(lambda: one(1)), "ms_per_image_b64": milliseconds(lambda: one(64)) / 64}
     return metrics, images, labels
@@ -1022,65 +1022,73 @@ def batch_indices(step, batch, n, seed):
     return torch.stack([orders[p // n][p % n] for p in places])
 
 
-def train(config, model, data, tokens, codebook, dtype, out):
-    """Fit the model; write last.pt and best.pt into `out`; -> history, a list of {step, loss, val} per validation."""
-    device = model.place.device
-    optimizers = make_optimizers(model, config, dtype)
-    base_lr = [o.param_groups[0]["lr"] for o in optimizers]
-    rng = torch.Generator().manual_seed(config.seed)  # label dropout
-    step, best, history, spent = 0, math.inf, [], 0.0
-    if config.resume:
-        state = load_checkpoint(out / "last.pt")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
+class Run:
+    """Everything that must survive a restart: model, optimizers, random numbers, step (which is the position in the data), history."""
+
+    def __init__(self, config, model, dtype, codebook=None):
+        self.config, self.model, self.codebook = config, model, codebook
+        self.optimizers = make_optimizers(model, config, dtype)
+        self.rng = torch.Generator().manual_seed(config.seed)  # which labels are hidden
+        self.step, self.best, self.seconds, self.history = 0, math.inf, 0.0, []
+
+    def save(self, path):
+        save_checkpoint(path, {
+            "config": dataclasses.asdict(self.config), "model": self.model.state_dict(), "codebook": self.codebook,
+            "optimizers": [o.state_dict() for o in self.optimizers], "label_rng": self.rng.get_state(), "rng": rng_state(),
+            "step": self.step, "best": self.best, "seconds": self.seconds, "history": self.history})
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        step, best, history, spent = state["step"], state["best"], state["history"], state["seconds"]
-        rng.set_state(state["label_rng"])
+        self.rng.set_state(state["label_rng"])
         set_rng_state(state["rng"])
+        self.step, self.best, self.seconds, self.history = (state[k] for k in ("step", "best", "seconds", "history"))
 
-    def snapshot(name):
-        save_checkpoint(out / name, {
-            "config": dataclasses.asdict(config), "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "step": step, "best": best, "history": history, "seconds": spent, "label_rng": rng.get_state(), "rng": rng_state(),
-            "codebook": codebook})
 
-    order = model.order.cells
-    train_tokens = tokens.train[:, order]
+def train_step(run, x, labels, forward, dtype):
+    """One optimizer step on tokens x (B, L), in the model's order -> loss in nats per token"""
+    config, device = run.config, x.device
+    hide = torch.rand(len(labels), generator=run.rng) < config.label_dropout
+    labels = torch.where(hide, run.model.null, labels).to(device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        logits = forward(x, labels)
+    loss = F.cross_entropy(logits.float().flatten(0, 1), x.flatten())
+    if not math.isfinite(loss.item()):
+        raise UserError(f"the loss is {loss.item()} at step {run.step}: lower --lr or --lr-adam; the last checkpoint in {config.out} is still good")
+    loss.backward()
+    for optimizer, lr in zip(run.optimizers, (config.lr, config.lr_adam)):
+        optimizer.param_groups[0]["lr"] = lr * (1 - run.step / config.steps)  # linear decay to zero, no warm-up
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    return loss.item()
+
+
+def train(run, data, tokens, dtype, out):
+    """Fit run.model; keep OUT/last.pt (the newest state) and OUT/best.pt (the lowest test loss); fill run.history."""
+    config, model, device = run.config, run.model, run.model.place.device
+    x, length = tokens.train[:, model.order.cells], len(model.place)
     forward = torch.compile(model) if config.compile else model
-    bar, began, losses = Progress(config.steps, "train", start=step), time.time() - spent, []
+    bar, began, losses = Progress(config.steps, "train", start=run.step), time.time() - run.seconds, []
     with Interrupt() as stop:
-        while step < config.steps:
-            chosen = batch_indices(step, config.batch, len(train_tokens), config.seed)
-            x, label = train_tokens[chosen].to(device), data.train_labels[chosen]
-            hidden = torch.rand(config.batch, generator=rng) < config.label_dropout
-            label = torch.where(hidden, model.null, label).to(device)
-            for optimizer, lr in zip(optimizers, base_lr):
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # linear decay to zero, no warm-up
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = forward(x, label)
-            loss = F.cross_entropy(logits.flatten(0, 1), x.flatten())
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {out / 'last.pt'} holds the last good state, if any")
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            step += 1
-            losses.append(loss.item() * len(order))
-            bar.update(nats=losses[-1])
-            if step % config.eval_every == 0 or step == config.steps:
+        while run.step < config.steps:
+            chosen = batch_indices(run.step, config.batch, len(x), config.seed)
+            losses.append(length * train_step(run, x[chosen].to(device), data.train_labels[chosen], forward, dtype))
+            bar.update(nats_per_image=losses[-1])
+            report = run.step % config.eval_every == 0 or run.step == config.steps
+            if report:
                 val = nats_per_image(model, tokens.test, data.test_labels)
-                history.append({"step": step, "train": statistics.fmean(losses[-config.eval_every:]), "val": val})
-            if step % config.eval_every == 0 or step == config.steps or stop.asked:
-                spent = time.time() - began
-                if history and history[-1]["step"] == step and val < best:
-                    best = val
-                    snapshot("best.pt")
-                snapshot("last.pt")
+                run.history.append({"step": run.step, "train": statistics.fmean(losses[-config.eval_every:]), "val": val})
+            if report or stop.asked:
+                run.seconds = time.time() - began
+                if report and val < run.best:
+                    run.best = val
+                    run.save(out / "best.pt")
+                run.save(out / "last.pt")
             if stop.asked:
-                raise KeyboardInterrupt(f"step {step} is saved; go on with the same command and --resume")
-    return history
+                raise KeyboardInterrupt(f"Step {run.step} is saved: the same command with --resume goes on from there")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # report
@@ -1088,16 +1096,14 @@ def train(config, model, data, tokens, codebook, dtype, out):
 
 # --- shared: figures
 def new_figure(width, height, rows=1, columns=1):
-    """A matplotlib figure that needs no screen, and its axes as an array (rows, columns)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    """A matplotlib figure that needs no screen (no pyplot, no state), and its axes as an array (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure, path):
     figure.savefig(path, dpi=110)
-    figure.clear()
     print(f"wrote {path}")
 
 
@@ -1143,20 +1149,13 @@ def complete(config, model, data, tokens, out, count=10, draws=4):
     picked = torch.stack([(data.test_labels == c).nonzero()[0, 0] for c in range(data.classes) if (data.test_labels == c).any()])[:count]
     given = tokens.test[picked].clone()
     given[:, given.shape[1] // 2:] = -1
-    device = model.place.device
-    generator = torch.Generator(device).manual_seed(config.seed)
-    labels = data.test_labels[picked].to(device)
-    drawn = [tokens.decode(generate(model, labels, generator, given=given, **sampler_settings(config))) for _ in range(draws)]
+    drawn = draw(config, model, tokens, data.test_labels[picked].repeat(draws), given.repeat(draws, 1))
     half = data.test[picked].clone()
     half[:, 16:] = 64
     figure, axes = new_figure(6, 3.8)
-    show_images(axes[0, 0], torch.cat([half, *drawn, data.test[picked]]), len(picked),
+    show_images(axes[0, 0], torch.cat([half, drawn, data.test[picked]]), len(picked),
                f"first row: what is given; {draws} rows: completions; last row: the original")
     save_figure(figure, out / "completions.png")
-
-
-def write_json(path, metrics):
-    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 
 def print_summary(m):
@@ -1180,81 +1179,21 @@ def check(config, metrics):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def train_step_timer(model, optimizers, x, forward, dtype):
-    """-> a function that makes one optimizer step and returns its seconds"""
-    def step():
-        start = time.perf_counter()
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            loss = forward(x)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-    return step
-
-
-def nanogpt_timers(path, config, vocabulary, length, x):
-    """nanoGPT's model.py, loaded from the user's copy, with our width, depth, heads, vocabulary and context."""
-    import importlib.util
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"--nanogpt {path}: no such file; clone github.com/karpathy/nanoGPT and give the path of its model.py")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    timers = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = module.GPT(module.GPTConfig(block_size=length, vocab_size=vocabulary, n_layer=config.depth, n_head=config.heads,
-                                            n_embd=config.dim, dropout=0.0, bias=False)).to(x.device)
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), x.device.type)
-        name = f"nanoGPT {str(dtype).removeprefix('torch.')} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M)"
-        timers[name] = train_step_timer(model, [optimizer], x, lambda x, m=model: m(x, x)[1], dtype)
-    return timers
-
-
-def bench(config, device, rounds=15):
-    """Training and sampling speed, everything in turn in this one process; medians. Weights are random: speed does not depend on them."""
-    size = {"patches": (8, 8, config.codebook), "pixels": (config.size, config.size, config.levels)}.get(config.tokens)
-    if size is None:
-        raise UserError("bench measures --tokens patches or pixels")
-    order = make_order(*size[:2], config.order)
-    length, vocabulary = len(order.cells), size[2]
-    x = torch.randint(vocabulary, (config.batch, length), device=device)
-    labels = torch.zeros(config.batch, dtype=torch.long, device=device)
-    new = lambda: GPT(vocabulary, 10, order, config.dim, config.depth, config.heads).to(device)
-    timers = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = new()
-        forward = torch.compile(model) if config.compile else model
-        loss = lambda x, f=forward: F.cross_entropy(f(x, labels).flatten(0, 1), x.flatten())
-        name = f"nano_ar {str(dtype).removeprefix('torch.')} ({sum(p.numel() for p in model.parameters()) / 1e6:.2f} M)"
-        timers[name] = train_step_timer(model, make_optimizers(model, config, dtype), x, loss, dtype)
-    if config.nanogpt:
-        timers |= nanogpt_timers(config.nanogpt, config, vocabulary, length, x)
-    seconds = {name: [] for name in timers}
-    for i in range(rounds + 2):
-        for name, step in timers.items():
-            seconds[name].append(step())
-    speed = {name: config.batch * length / statistics.median(s[2:]) for name, s in seconds.items()}
-    print(f"training, batch {config.batch} x {length} tokens, optimizer included:")
-    for name, value in speed.items():
-        print(f"  {name:28} {value:9,.0f} tokens/s")
-    metrics = {"train_tokens_per_second": speed}
-    if config.nanogpt:
-        best = [max(v for k, v in speed.items() if k.startswith(who)) for who in ("nano_ar", "nanoGPT")]
-        metrics["ratio_to_nanogpt"] = best[0] / best[1]
-        print(f"  best against best            {best[0] / best[1]:9.2f} times nanoGPT")
-
-    model, g = new().eval(), torch.Generator(device).manual_seed(0)
-    draw = lambda cached, n: generate(model, labels[:1].repeat(n), g, guidance=1.5, cached=cached)
-    metrics["seconds_64_guided"] = milliseconds(lambda: draw(True, 64), 5) / 1000
-    metrics["seconds_64_guided_uncached"] = milliseconds(lambda: draw(False, 64), 1) / 1000
-    ratio = metrics["cache_speedup"] = metrics["seconds_64_guided_uncached"] / metrics["seconds_64_guided"]
-    print(f"sampling 64 images of {length} tokens with guidance: {metrics['seconds_64_guided']:.2f} s cached, "
-          f"{metrics['seconds_64_guided_uncached']:.2f} s without the cache ({ratio:.1f} times)")
-    return metrics
+def bench(config, device, dtype):
+    """Speed of training and of sampling, with random weights: tokens per second and seconds, medians."""
+    sizes = {"patches": (8, 8, config.codebook), "pixels": (config.size, config.size, config.levels)}
+    if config.tokens not in sizes:
+        raise UserError("bench takes --tokens patches or pixels")
+    rows, columns, vocabulary = sizes[config.tokens]
+    model = GPT(vocabulary, 10, make_order(rows, columns, config.order), config.dim, config.depth, config.heads).to(device)
+    run, forward = Run(config, model, dtype), torch.compile(model) if config.compile else model
+    x, labels = torch.randint(vocabulary, (config.batch, rows * columns), device=device), torch.zeros(config.batch, dtype=torch.long)
+    speed = x.numel() / milliseconds(lambda: train_step(run, x, labels, forward, dtype), 20) * 1000
+    print(f"training on {config.batch} x {rows * columns} tokens, optimizer included: {speed:,.0f} tokens/s")
+    draw = lambda cached: generate(model, labels[:1].repeat(64).to(device), None, guidance=1.5, cached=cached)
+    with_cache, without = milliseconds(lambda: draw(True), 5) / 1000, milliseconds(lambda: draw(False), 1) / 1000
+    print(f"sampling 64 images with guidance: {with_cache:.2f} s; without the cache {without:.2f} s, {without / with_cache:.1f} times as long")
+    return {"tokens_per_second": speed, "seconds_64": with_cache, "seconds_64_uncached": without, "cache_speedup": without / with_cache}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1262,39 +1201,36 @@ def bench(config, device, rounds=15):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def validate(config):
-    if config.dim % config.heads or config.dim // config.heads % 4:
-        raise UserError(f"--dim {config.dim} --heads {config.heads}: the width must be a multiple of 4 times the number of heads")
-
-
 def main(argv=None):
     """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
     began = time.time()
     part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
-    validate(config)
     device, dtype, reason = pick_device(config.device, config.precision)
+    if config.dim % config.heads or config.dim // config.heads % 4:
+        raise UserError(f"--dim {config.dim} --heads {config.heads}: the width must be a multiple of 4 times the number of heads")
+    print(f"nano_ar: {reason}; attention: {kernels.path(torch.empty(0, device=device)).name}", flush=True)
     keep_freed_memory()
+    torch.manual_seed(config.seed)
     if part == "bench":
-        print(f"nano_ar: {reason}")
-        return bench(config, device)
+        return bench(config, device, dtype)
     out, saved = make_folder(config.out), None
     if config.resume or part not in ("all", "train"):
         saved = load_checkpoint(out / ("last.pt" if config.resume else "best.pt"))
-        config = adopt(config, saved["config"], out / "last.pt", PRESETS[config.preset])
-    torch.manual_seed(config.seed)
+        config = adopt(config, saved["config"], config.out, PRESETS[config.preset])
     data, tokens, codebook = load_tokens(config, device, saved and saved["codebook"])
     model = GPT(tokens.codebook_size, data.classes, make_order(*tokens.grid, config.order), config.dim, config.depth, config.heads).to(device)
     params = sum(p.numel() for p in model.parameters())
-    print(f"nano_ar: {reason}; attention by {kernels.path(model.place).name}\n"
-          f"data {data.name}: {len(data.train)} train, {len(data.test)} test, {data.classes} classes; tokens {config.tokens}: "
-          f"{tokens.grid[0]} x {tokens.grid[1]} of {tokens.codebook_size}; model {params / 1e6:.2f} M parameters", flush=True)
+    print(f"data {data.name}: {len(data.train)} train, {len(data.test)} test; tokens: {tokens.grid[0]} x {tokens.grid[1]} of "
+          f"{tokens.codebook_size}; model: {params / 1e6:.2f} M parameters", flush=True)
     metrics = {"device": reason, "params": params, "seed": config.seed}
 
     if part in ("all", "train"):
-        history = train(config, model, data, tokens, codebook, dtype, out)
+        run = Run(config, model, dtype, codebook)
+        if config.resume:
+            run.load(saved)
+        train(run, data, tokens, dtype, out)
+        metrics["tokens_per_second"] = run.step * config.batch * len(model.place) / max(run.seconds, 1e-9)
         saved = load_checkpoint(out / "best.pt")
-        metrics["tokens_per_second"] = saved["step"] * config.batch * len(model.place) / max(saved["seconds"], 1e-9)
-        metrics["train_seconds"] = saved["seconds"]
     model.load_state_dict(saved["model"])
     model.eval()
     if part in ("all", "eval"):
@@ -1302,17 +1238,16 @@ def main(argv=None):
         metrics |= measured
     if part == "sample":
         labels = torch.arange(min(config.samples, 8 * data.classes)) % data.classes
-        generator = torch.Generator(device).manual_seed(config.seed)
-        images = tokens.decode(generate_many(model, labels.to(device), generator, **sampler_settings(config)))
+        images = draw(config, model, tokens, labels)
     if part in ("all", "eval", "sample"):
         np.savez_compressed(out / "samples.npz", images=images.numpy(), labels=labels.numpy())
         draw_samples(images, labels, data, out)
     if part in ("all", "complete"):
         complete(config, model, data, tokens, out)
+    metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
     if part in ("all", "eval"):
         draw_history(saved["history"], metrics["unigram_nats_per_image"], out)
-        metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
-        write_json(out / "metrics.json", metrics)
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         print_summary(metrics)
         check(config, metrics)
     return metrics
