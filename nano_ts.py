@@ -13,29 +13,31 @@ only how many steps one call emits (S) and how it reads the history:
     S = P    seasonal naive, mean seasonal profile                  nothing fitted
     S = 96   ridge, DLinear, iTransformer, segment decoder          a GPT whose tokens are days
 
-Papers   AR and Yule-Walker (Yule 1927; Levinson 1946; Box & Jenkins 1970). AR-Net (Triebe et al. 2019, arXiv:1911.12436).
-         DLinear, RLinear (Zeng et al. 2023, arXiv:2205.13504; Li et al. 2023, arXiv:2305.10721). All linear variants are least
-         squares in disguise (Toner & Darlow 2024, arXiv:2403.14587). iTransformer (Liu et al. 2024, arXiv:2310.06625;
-         github.com/thuml/iTransformer). AutoTimes (Liu et al. 2024, arXiv:2402.02370; github.com/thuml/AutoTimes).
+Papers   AR and Yule-Walker (Yule 1927; Levinson 1946; Box & Jenkins 1970). AR-Net (Triebe et al. 2019,
+         arXiv:1911.12436). DLinear (Zeng et al. 2023, arXiv:2205.13504), RLinear (Li et al. 2023, arXiv:2305.10721); all
+         linear variants are least squares in disguise (Toner & Darlow 2024, arXiv:2403.14587). iTransformer (Liu et al.
+         2024, arXiv:2310.06625; github.com/thuml/iTransformer). AutoTimes (Liu et al. 2024, arXiv:2402.02370;
+         github.com/thuml/AutoTimes).
 
-Commands                                               two CPU cores     expect
+Commands                                               two CPU cores   expect
     python nano_ts.py                                  @TIME_DEMO@
     python nano_ts.py eval --data etth1                @TIME_EVAL@
-    python nano_ts.py eval --data etth1 --model sar    seconds           MSE 0.391, MAE 0.412 averaged over 96/192/336/720
+    python nano_ts.py eval --data etth1 --model sar    5 seconds       MSE 0.391, MAE 0.412: mean of 96/192/336/720
     python nano_ts.py forecast --data my.csv --horizon 48 --target sales
-                                                       seconds           OUT/forecast.csv: dates, your units, lower and upper
-    python nano_ts.py train --data etth1 --model decoder --resume        go on with an interrupted fit
+                                                       seconds         OUT/forecast.csv: dates, your units, bounds
+    python nano_ts.py train --data etth1 --model decoder --resume      goes on with an interrupted fit
 
-A CSV is read as follows; what was assumed, dropped or filled is printed. Dates: the first column that one date order (ISO,
-day-first, month-first, ...) reads; between day-first and month-first the more regular clock wins. Rows are sorted, rows with
-one time averaged, gaps become missing values, missing values are filled with the value one season earlier (from the past
-only) and never scored. Columns of text, of one value or more than half empty are left out and named.
+A CSV is read as follows; what was assumed, dropped or filled is printed. Dates: the first column that one order of day,
+month and year reads; between day-first and month-first the more regular clock wins. Rows are sorted, rows of one time
+averaged, gaps become missing values, and missing values are filled with the value one season earlier (from the past
+only) and never scored. Columns of text, of a single value or more than half empty are left out and named.
 
-Left out on purpose: calendar features, holidays, external regressors, moving-average terms, pretrained or language models,
-quantile heads (fed back with their median their intervals shrink with the horizon). Nets keep OUT/NAME-SEED/last.pt only:
-the learning rate ends at zero, so the last weights are the model; there is no early stopping on validation rows.
+Left out on purpose: calendar features, holidays, external regressors, moving-average terms, pretrained or language
+models, quantile heads (fed back with their median, their intervals shrink with the horizon). Nets keep
+OUT/NAME-SEED/last.pt only: the learning rate ends at zero, so the last weights are the model.
 
-Read in this order: `rollout`, `LagModel`, `fit_lags`, `seasonal_lags`, `SegmentDecoder`, `score`; the rest is data and pictures.
+Read in this order: `rollout`, `LagModel`, `fit_lags`, `seasonal_lags`, `SegmentDecoder`, `score`; the rest is data and
+pictures.
 """
 
 import argparse
@@ -50,6 +52,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -141,18 +144,18 @@ class Config:
     seed: int = opt(0, "seed of the generators and the nets", low=0)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     resume: bool = opt(False, "reuse finished fits in OUT and go on with the one that was interrupted")
-    check: bool = opt(False, "exit with code 1 when the metrics miss the band of the docstring")
+    check: bool = opt(False, "exit with code 1 when `eval --data etth1` misses its band")
     # the question
     target: str = opt("", "CSV: forecast only this column and ignore the others")
-    horizon: str = opt("auto", "steps ahead, one number or a list as in 96,192; auto: 48 to forecast, 96,192,336,720 to evaluate")
+    horizon: str = opt("auto", "steps ahead, a number or a list as in 96,192; auto: forecast 48, eval 96,192,336,720")
     period: str = opt("auto", "rows in a season, as in 24; 1: none; auto: from the autocorrelation")
-    model: str = opt("auto", "rungs as in sar,decoder,sar+decoder; auto: those that fit in seconds to forecast, all to evaluate; or all")
+    model: str = opt("auto", "rungs as in sar,decoder,sar+decoder, or all; auto: forecast the quick ones, eval all")
     level: float = opt(0.8, "probability of the intervals", low=0.01, high=0.99)
-    interval: str = opt("residual", "evaluate: where intervals come from: errors on training rows, conformal (validation rows), or psi (Gaussian, AR only)",
-                        choices=("residual", "conformal", "psi"))
+    interval: str = opt("residual", "eval: from errors on training rows (residual), on validation rows (conformal), or "
+                                    "psi-weights (psi, AR only)", choices=("residual", "conformal", "psi"))
     # the rungs
-    chunk: int = opt(0, "steps per call of ridge, dlinear, itransformer and decoder; 0: four seasons of at least 16 rows", low=0)
-    lookback: int = opt(0, "of ridge, dlinear and itransformer, and the least of the AR family; 0: 14 seasons (itransformer: 4)", low=0)
+    chunk: int = opt(0, "steps per call of ridge, dlinear, itransformer, decoder; 0: four tokens of the decoder", low=0)
+    lookback: int = opt(0, "of ridge, dlinear, itransformer (0: 14 seasons; 4), and the least of the AR family", low=0)
     order: int = opt(0, "p of ar, yw and arnet; 0: 14 seasons, or 32", low=0)
     sparsity: float = opt(1.0, "arnet: share of lags expected to matter; 1: no penalty", low=0.001, high=1)
     width: int = opt(64, "itransformer and decoder: width, a multiple of 8", low=8)
@@ -161,12 +164,13 @@ class Config:
     seeds: int = opt(1, "fits of every net, with different seeds", low=1)
     # the protocol
     stride: int = opt(0, "rows between test windows; 0: 1, more only beyond 10,000 rows", low=0)
-    drop_last: int = opt(0, "score only whole batches of this many windows: the bug of many published test loaders", low=0)
+    drop_last: int = opt(0, "score only whole batches of this many windows: the bug of many test loaders", low=0)
 
 
-PARTS = {"train": "only fit the nets of --model", "eval": "the ladder on --data", "forecast": "the future of a CSV, in its own units"}
+PARTS = {"train": "only fit the nets of --model", "eval": "the ladder on --data", "forecast": "what comes next, in units"}
 PRESETS = {"cpu": {}, "gpu": dict(width=128, layers=3, seeds=3)}
-BAND = {"sar": 0.393, "decoder": 0.400, "sar+decoder": 0.387}  # --check of `eval --data etth1`: average test MSE at most this
+BAND = {"sar": 0.393, "decoder": 0.400, "sar+decoder": 0.387}  # --check: average test MSE on ETTh1 at most this
+
 
 # --- shared: device
 def pick_device(name, precision="auto"):
@@ -220,13 +224,39 @@ class Progress:
 # data: a table of numbers with a regular clock
 # ---------------------------------------------------------------------------------------------------------------------
 
+# --- shared: fetch
+def find_file(name, url, checksum):
+    """Path of a named data file: in $NANO_DATA, else in data/, else downloaded there once, verified and only then renamed.
+
+    `checksum` reads "sha256:..." or "md5:...": the publisher's own where there is one.
+    """
+    for folder in filter(None, (os.environ.get("NANO_DATA"), "data")):
+        for path in (pathlib.Path(folder, name), pathlib.Path(folder, name.removesuffix(".gz"))):
+            if path.exists():
+                return path
+    path = pathlib.Path("data", name)
+    part, kind = path.with_name(path.name + ".part"), checksum.split(":")[0]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:  # raises on any status but 2xx
+            shutil.copyfileobj(reply, out)
+        if f"{kind}:{hashlib.new(kind, part.read_bytes()).hexdigest()}" != checksum:
+            raise OSError(f"its {kind} is not {checksum}")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot download {url} ({error}): put {name} into data/ or into the folder that $NANO_DATA names; "
+                        "the built-in data need no download") from None
+    return path
+# --- end shared
+
 
 @dataclasses.dataclass
 class Series:
     """T rows and C columns on a regular clock, in the units of the file.
 
-    `observed` has NaN where nothing was measured. `values` is the same with the holes filled, because a model needs a
-    number at every step. Models read `values`; scores look at `observed`.
+    `observed` has NaN where nothing was measured. `values` is the same with the holes filled, because a model
+    needs a number at every step. Models read `values`; scores look at `observed`.
     """
     name: str
     columns: list
@@ -243,12 +273,14 @@ class Series:
             self.period = find_period(fill(self.observed, 1))
             self.notes.append(f"season: {self.period} rows" if self.period > 1 else "season: none found")
         if len(self.observed) < 2 * self.period + 2:
-            raise UserError(f"{self.name}: {len(self.observed)} rows do not hold two seasons of {self.period}: give more rows, or --period 1")
+            raise UserError(f"{self.name}: {len(self.observed)} rows do not hold two seasons of {self.period}: "
+                            "give more rows, or --period 1")
         self.values = fill(self.observed, self.period)
 
 
 def ar_process(coef, n, seed, sigma=1.0):
-    """n steps of x_t = sum_k coef[k] x_{t-k} + sigma * noise, after a burn-in, for coef = {lag: weight} -> (n, 1)."""
+    """n steps of x_t = sum_k coef[k] x_{t-k} + sigma * noise, after a burn-in, for coef = {lag: weight} -> (n,
+    1)."""
     noise = np.random.default_rng(seed).normal(0, sigma, n + 1000)
     x = np.zeros(n + 1000)
     for t in range(max(coef), n + 1000):
@@ -257,7 +289,8 @@ def ar_process(coef, n, seed, sigma=1.0):
 
 
 def seasonal_process(n, seed, columns=4):
-    """Hours of four meters: a daily shape, half as strong at weekends, on a slow level, with noise that has a memory -> (n, columns).
+    """Hours of four meters: a daily shape, half as strong at weekends, on a slow level, with noise that has a
+    memory -> (n, columns).
 
     All but the noise u_t = 0.9 u_{t-1} + e_t could be known. No forecast beats its psi-weights: see `floor`.
     """
@@ -266,8 +299,8 @@ def seasonal_process(n, seed, columns=4):
     shape = sum(np.sin(2 * np.pi * k * hour / 24 + phases()) / k for k in (1, 2, 3))
     weekend = np.where(hour // 24 % 7 >= 5, 0.5, 1.0)
     level = 0.5 * np.sin(2 * np.pi * hour / (24 * 91) + phases())
-    noise = np.concatenate([ar_process({1: 0.9}, n, int(rng.integers(1 << 31)), sigma=0.2) for _ in range(columns)], axis=1)
-    return 20 + 5 * (shape * weekend + level + noise)
+    noise = [ar_process({1: 0.9}, n, int(rng.integers(1 << 31)), sigma=0.2) for _ in range(columns)]
+    return 20 + 5 * (shape * weekend + level + np.concatenate(noise, axis=1))
 
 
 AR_TRUTH = {1: 0.2, 3: 0.3, 10: -0.5}
@@ -282,25 +315,28 @@ def load_series(config):
         raise UserError(f"--period must be a number of rows or auto, got {config.period}")
     period = 0 if config.period == "auto" else max(1, int(config.period))
     if config.data == "ar":
-        n = 20_000
-        return Series("ar", ["x"], ar_process(AR_TRUTH, n, config.seed), list(range(n)), ("rows", 1), period or 1, noise=(AR_TRUTH, 1.0))
+        x = ar_process(AR_TRUTH, 20_000, config.seed)
+        return Series("ar", ["x"], x, list(range(len(x))), ("rows", 1), period or 1, noise=(AR_TRUTH, 1.0))
     if config.data == "seasonal":
-        n, start = 8000, datetime(2024, 1, 1)
-        return Series("seasonal", ["north", "east", "south", "west"], seasonal_process(n, config.seed),
-                      [start + timedelta(hours=i) for i in range(n)], ("seconds", 3600), period or 24, noise=({1: 0.9}, 1.0))
+        x = seasonal_process(8000, config.seed)
+        hours = [datetime(2024, 1, 1) + timedelta(hours=i) for i in range(len(x))]
+        return Series("seasonal", ["north", "east", "south", "west"], x, hours, ("seconds", 3600), period or 24,
+                      noise=({1: 0.9}, 1.0))
     if config.data in ETT:
         path = find_file(ETT[config.data][0], ETT_URL + ETT[config.data][0], ETT[config.data][1])
     else:
         path = pathlib.Path(config.data)
         if not path.is_file():
-            raise UserError(f"--data {config.data}: no such file; the built-in series are ar, seasonal, etth1 and etth2")
+            raise UserError(f"--data {config.data}: no such file; built-in: ar, seasonal, etth1, etth2")
     return read_csv(path, config.target, period)
 
 
 def fill(observed, period):
-    """Fill holes from the past only: the value one season earlier, else the last one; before the first value, that value.
+    """Fill holes from the past only: the value one season earlier, else the last one; before the first value,
+    that value.
 
-    Interpolation would look smoother, but it lets a later value leak into the input of a forecast that was made before it.
+    Interpolation would look smoother, but it lets a later value leak into the input of a forecast that was made
+    before it.
     Example, period 2: [1, 2, nan, 4] -> [1, 2, 1, 4]
     """
     values = observed.copy()
@@ -313,10 +349,12 @@ def fill(observed, period):
 
 
 def find_period(values, least=0.2):
-    """Rows in a season, from the autocorrelation r of the columns without their slow level; 1 where there is no season.
+    """Rows in a season, from the autocorrelation r of the columns without their slow level; 1 where there is no
+    season.
 
-    A season is a lag k whose r is the highest between k/2 and 3k/2: noise makes small peaks anywhere, but none like this. Of those the
-    first that reaches 0.8 of the highest, or a week of similar days would be called 168 and not 24.
+    A season is a lag k whose r is the highest between k/2 and 3k/2: noise makes small peaks anywhere, but none
+    like this. Of those the first that reaches 0.8 of the highest, or a week of similar days would be called 168
+    and not 24.
     """
     n = len(values)
     width = min(n // 4, 500) // 2 * 2 + 1  # odd
@@ -326,7 +364,8 @@ def find_period(values, least=0.2):
     level = np.stack([np.convolve(column, np.full(width, 1 / width), mode="valid") for column in padded.T], axis=1)
     rest = values - level
     r = autocovariance(torch.tensor(rest / (rest.std(0) + 1e-12)), width).numpy()
-    seasons = [k for k in range(2, width * 2 // 3) if r[k] >= least * r[0] and r[k] == r[k // 2 : k + k // 2 + 1].max()]
+    high = [k for k in range(2, width * 2 // 3) if r[k] >= least * r[0]]
+    seasons = [k for k in high if r[k] == r[k // 2 : k + k // 2 + 1].max()]
     return next((k for k in seasons if r[k] >= 0.8 * max(r[j] for j in seasons)), 1)
 
 
@@ -342,7 +381,8 @@ class Scaler:
         return torch.tensor((table - self.mean) / self.std, dtype=torch.float32)
 
     def unscale(self, forecast, columns=slice(None)):
-        """(..., C, H) scaled -> units. `columns` says which ones they are: one column is never stretched by another's numbers."""
+        """(..., C, H) scaled -> units. `columns` says which ones they are: one column is never stretched by
+        another's numbers."""
         return np.asarray(forecast, dtype=np.float64) * self.std[columns, None] + self.mean[columns, None]
 
 
@@ -371,24 +411,28 @@ def to_number(cell, comma=False):
 
 
 def to_numbers(cells):
-    """A column of text -> numbers, NaN where missing, None where the cell is no number. The decimal comma is noticed."""
-    commas = sum(bool(re.fullmatch(r"[-+]?[\d.]*\d,\d+", c.strip())) and not THOUSANDS.fullmatch(c.strip()) for c in cells)
-    points = sum(bool(re.fullmatch(r"[-+]?[\d,]*\d\.\d+", c.strip())) for c in cells)
+    """A column of text -> numbers, NaN where missing, None where the cell is no number. The decimal comma is
+    noticed."""
+    cells = [c.strip() for c in cells]
+    commas = sum(bool(re.fullmatch(r"[-+]?[\d.]*\d,\d+", c)) and not THOUSANDS.fullmatch(c) for c in cells)
+    points = sum(bool(re.fullmatch(r"[-+]?[\d,]*\d\.\d+", c)) for c in cells)
     return [to_number(c, comma=commas > points) for c in cells]
 
 
 def tidy_date(cell):
-    """One spelling for separators, no fractions of a second, no time zone: '1/2/2021T03:04:00.5Z' -> '1-2-2021 03:04:00'."""
+    """One spelling for separators, no fractions of a second, no time zone: '1/2/2021T03:04:00.5Z' -> '1-2-2021
+    03:04:00'."""
     day, clock = re.fullmatch(r"(.*?)[T,\s]*(\d{1,2}:\d\d.*)?", cell.strip(), re.DOTALL).groups()
     clock = re.sub(r"(\.\d+)?\s*(Z|UTC|[+-]\d\d:?\d\d)?$", "", clock or "")
     return re.sub(r"[/.,\s]+", "-", day) + (" " + clock if clock else "")
 
 
 def to_dates(cells):
-    """A column of text -> (datetimes with None where a cell is no date, the order that reads it), or (None, "").
+    """A column of text -> (datetimes with None where a cell is no date, the order that reads it), or (None,
+    "").
 
-    '03/04/2021' may be March or April. Of the orders that read the column, the one with the most regular clock wins:
-    daily rows settle it, and on a tie (twelve first-of-month rows) day-first does, as listed in DAYS.
+    '03/04/2021' may be March or April. Of the orders that read the column, the one with the most regular clock
+    wins: daily rows settle it, and on a tie (twelve first-of-month rows) day-first does, as listed in DAYS.
     """
     def read(cell, order):
         with contextlib.suppress(ValueError):
@@ -407,7 +451,8 @@ def to_dates(cells):
 
 
 def find_step(dates):
-    """Sorted distinct dates or integers -> (unit, count). Months and weekdays have no fixed length and get units of their own."""
+    """Sorted distinct dates or integers -> (unit, count). Months and weekdays have no fixed length and get
+    units of their own."""
     deltas = Counter(b - a for a, b in zip(dates, dates[1:]))
     usual = max(deltas, key=lambda d: (deltas[d], -d.total_seconds() if isinstance(d, timedelta) else -d))
     if not isinstance(dates[0], datetime):
@@ -457,23 +502,24 @@ def describe(step):
 
 def label(date, step):
     """How a date is written: without the time of day where the clock ticks in whole days."""
-    whole_days = isinstance(date, datetime) and (step[0] != "seconds" or step[1] % 86400 == 0) and date == datetime(*date.timetuple()[:3])
-    return str(date.date() if whole_days else date)
+    in_days = isinstance(date, datetime) and (step[0] != "seconds" or step[1] % 86400 == 0)
+    return str(date).removesuffix(" 00:00:00") if in_days else str(date)
 
 
 def read_cells(path):
-    """The text of a CSV file -> (column names, rows of cells). The separator is the most frequent one in the first line."""
+    """The text of a CSV file -> (column names, rows of cells). The separator is the most frequent one in the
+    first line."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip(" ,;\t")]
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: export it as CSV (UTF-8); a spreadsheet file is not a CSV") from None
+        raise UserError(f"{path} is not UTF-8 text: export it as CSV (UTF-8); a spreadsheet is not a CSV") from None
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
     if len(lines) < 4:
         raise UserError(f"{path} has {len(lines)} lines with content: a header and at least three rows are needed")
     rows = list(csv.reader(lines, delimiter=max(",;\t", key=lines[0].count)))
     names = [name.strip() or f"column {i}" for i, name in enumerate(rows[0])]
-    if any(c.strip() and to_number(c) is not None or to_dates([c])[0] for c in rows[0]):  # data in the first line: no header
+    if any(c.strip() and to_number(c) is not None or to_dates([c])[0] for c in rows[0]):  # data already: no header
         names = [f"column {i}" for i in range(len(names))]
     else:
         rows = rows[1:]
@@ -490,8 +536,8 @@ def find_clock(cells):
             continue  # 5.8 is a measurement, not the 5th of August
         dates, order = to_dates(column)
         if dates:
-            bad = sum(d is None for d in dates)
-            return name, dates, f"dates: column '{name}' read as {order}" + (f"; {bad} rows without a date dropped" if bad else "")
+            note, bad = f"dates: column '{name}' read as {order}", sum(d is None for d in dates)
+            return name, dates, note + (f"; {bad} rows without a date dropped" if bad else "")
     name, column = next(iter(cells.items()))
     numbers = [to_number(c) for c in column]
     if len(cells) > 1 and all(v is not None and v == v and v == int(v) for v in numbers):
@@ -502,13 +548,15 @@ def find_clock(cells):
 
 
 def find_numbers(path, cells, target, notes):
-    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if the user asked for it."""
+    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if the user
+    asked for it."""
     found = {}
     for name, column in cells.items():
         numbers = to_numbers(column)
         known = [v for v in numbers if v is not None and v == v]
         text = sum(v is None for v in numbers)
-        problem = ("is text" if text > len(numbers) / 2 else "is more than half empty" if len(known) < len(numbers) / 2 else
+        problem = ("is text" if text > len(numbers) / 2 else
+                   "is more than half empty" if len(known) < len(numbers) / 2 else
                    "never changes" if len(set(known)) == 1 else "")
         if problem and name == target:
             raise UserError(f"--target {target}: this column of {path} {problem}; choose another one")
@@ -521,12 +569,14 @@ def find_numbers(path, cells, target, notes):
     if target and target not in found:
         raise UserError(f"--target {target}: {path} has no such column; it has {', '.join(found) or 'no numbers'}")
     if not found:
-        raise UserError(f"{path} has no column of changing numbers: " + "; ".join(notes[1:]).replace("left out: ", ""))
+        reasons = "; ".join(notes[1:]).replace("left out: ", "")
+        raise UserError(f"{path} has no column of changing numbers: {reasons}")
     return {target: found[target]} if target else found
 
 
 def to_clock(path, dates, table, notes):
-    """Rows in any order -> (step, dates, (T, C)) on a regular clock: sorted, rows of one time averaged, NaN in the gaps."""
+    """Rows in any order -> (step, dates, (T, C)) on a regular clock: sorted, rows of one time averaged, NaN in
+    the gaps."""
     rows = [i for i, d in enumerate(dates) if d is not None]
     if any(dates[b] < dates[a] for a, b in zip(rows, rows[1:])):
         notes.append("rows were not in the order of time: sorted")
@@ -538,8 +588,8 @@ def to_clock(path, dates, table, notes):
     slots = np.rint(where).astype(int)
     off, length = np.mean(np.abs(where - slots) > 0.1), slots.max() + 1
     if off > 0.05 or length > 4 * len(distinct):
-        raise UserError(f"{path}: no regular clock (the usual step is {describe(step)}; {off:.0%} of the rows lie between its ticks, and "
-                        f"{len(distinct)} of {length} ticks have a row): resample the file to equal steps first")
+        raise UserError(f"{path}: no regular clock (usual step {describe(step)}; {off:.0%} of the rows lie between its "
+                        f"ticks, {len(distinct)} of {length} ticks have a row): resample it to equal steps first")
     known = ~np.isnan(table[rows])
     total, count = np.zeros((length, table.shape[1])), np.zeros((length, table.shape[1]))
     np.add.at(total, slots, np.where(known, table[rows], 0))
@@ -547,7 +597,8 @@ def to_clock(path, dates, table, notes):
     grid = np.where(count > 0, total / np.maximum(count, 1), np.nan)
     dates = [advance(first, step, k) for k in range(length)]
     doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots)), int(np.isnan(grid).sum())
-    notes.append(f"clock: {length} rows, every {describe(step)}, from {label(dates[0], step)} to {label(dates[-1], step)}")
+    ends = f"from {label(dates[0], step)} to {label(dates[-1], step)}"
+    notes.append(f"clock: {length} rows, every {describe(step)}, {ends}")
     if doubles:
         notes.append(f"duplicates: {doubles} rows share their time with another, averaged")
     if gaps:
@@ -574,46 +625,50 @@ class TooShort(Exception):
 
 
 def borders(series, horizon, holdout=False):
-    """Rows where training, validation and test end. ETTh: 12, 4 and 4 months of 30 days, as published (the last rows unused).
+    """Rows where training, validation and test end. ETTh: 12, 4 and 4 months of 30 days, as published (the last
+    rows unused).
 
-    Else 70/10/20 percent; `holdout` (before a real forecast): the last 15 % twice, but room for some windows of `horizon`.
+    Else 70/10/20 percent; `holdout` (before a real forecast): the last 15 % twice, but room for some windows of
+    `horizon`.
     """
-    n = len(series.values)
+    n, least = len(series.values), max(2 * series.period + 2, 16)
+    part = lambda h: max(int(0.15 * n), h + min(h, 20))
     if series.name.lower() in ETT and not holdout and n >= 14400:
         return 8640, 11520, 14400
-    part = max(int(0.15 * n), horizon + min(horizon, 20)) if holdout else 0
-    first, middle = (n - 2 * part, n - part) if holdout else (int(0.7 * n), n - int(0.2 * n))
-    least = max(2 * series.period + 2, 16)
+    first, middle = (n - 2 * part(horizon), n - part(horizon)) if holdout else (int(0.7 * n), n - int(0.2 * n))
     if first < least or middle - first < horizon:
-        longest = max((h for h in range(1, horizon) if n - 2 * max(int(0.15 * n), h + min(h, 20)) >= least), default=0)
-        raise UserError(f"{series.name}: {n} rows are too few to test a horizon of {horizon}: " + (
-            f"use --horizon {longest} or less, or more rows" if longest and holdout else "use a shorter --horizon, or more rows"))
+        longest = max((h for h in range(1, horizon) if holdout and n - 2 * part(h) >= least), default=0)
+        advice = f"use --horizon {longest} or less" if longest else "use a shorter --horizon"
+        raise UserError(f"{series.name}: {n} rows are too few to test a horizon of {horizon}: {advice}, or give more rows")
     return first, middle, n
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model: what gradient descent fits
 # ---------------------------------------------------------------------------------------------------------------------
-# B windows, C columns, L steps of history (`lookback`), S steps out per call (`chunk`), H steps of forecast. Time is the
-# first axis of a table (T, C) and the last axis of a window (B, C, L). Every model maps (B, C, L) -> (B, C, S).
+# B windows, C columns, L steps of history (`lookback`), S steps out per call (`chunk`), H steps of forecast. Time is
+# the first axis of a table (T, C) and the last axis of a window (B, C, L). Every model maps (B, C, L) -> (B, C, S).
 
 
 def normalise(x):
-    """Mean and deviation of each window, so that a net sees shapes and not levels: (..., L) -> two tensors (..., 1)."""
+    """Mean and deviation of each window, so that a net sees shapes and not levels: (..., L) -> two tensors
+    (..., 1)."""
     return x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0).add(1e-5).sqrt()
 
 
 class ARNet(nn.Module):
-    """AR(p) as a net (Triebe et al. 2019): one linear layer on the last p values. Read backwards, its weights are the AR weights.
+    """AR(p) as a net (Triebe et al. 2019): one linear layer on the last p values. Read backwards, its weights
+    are the AR weights.
 
-    `sparsity` is the share of lags expected to matter. The penalty is 0 at weight 0 and saturates at 1, so it asks "used or not?"
-    where a ridge asks "how large?".
+    `sparsity` is the share of lags expected to matter. The penalty is 0 at weight 0 and saturates at 1, so it
+    asks "used or not?" where a ridge asks "how large?".
     """
     mixes_columns, chunk = False, 1
 
     def __init__(self, order, sparsity=1.0, centre=True, least=0):
         super().__init__()
-        self.order, self.lookback, self.strength, self.centre = order, max(order, least), 0.02 * (1 / sparsity - 1), centre
+        self.order, self.lookback, self.centre = order, max(order, least), centre
+        self.strength = 0.02 * (1 / sparsity - 1)
         self.linear = nn.Linear(order, 1, bias=False)
         nn.init.zeros_(self.linear.weight)
 
@@ -656,7 +711,8 @@ class DLinear(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, (B, tokens, width) -> same. Norm before each half (GPT) or after it (iTransformer, as in 2017)."""
+    """A transformer block, (B, tokens, width) -> same. Norm before each half (GPT) or after it (iTransformer,
+    as in 2017)."""
 
     def __init__(self, width, heads, causal, pre_norm, dropout=0.1):
         super().__init__()
@@ -666,8 +722,8 @@ class Block(nn.Module):
         self.norm1, self.norm2, self.drop = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
 
     def attend(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, tokens, width/heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # note: dropout inside would be 3x slower on a CPU
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, w / heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # dropout in here would be 3x slower on a CPU
         return self.drop(self.project(y.transpose(1, 2).flatten(2)))
 
     def feed(self, x):
@@ -705,15 +761,16 @@ class ITransformer(nn.Module):
 
 
 class SegmentDecoder(nn.Module):
-    """A GPT whose tokens are segments of one series, after AutoTimes (Liu et al. 2024), without its language model.
+    """A GPT whose tokens are segments of one series, after AutoTimes (Liu et al. 2024), without its language
+    model.
 
         tokens      day 1      day 2     ...    day 28         Linear(24 -> width) + position
                       |          |                 |           causal attention over days
         output    days 2-5   days 3-6    ...   days 29-32      every position forecasts the 96 steps after its day
 
-    All positions are trained at once and one model serves every horizon by roll-out. The net only corrects a seasonal skip, the
-    mean of the days seen so far, so that the forecast is sane before the first training step. There is no KV cache: the window
-    slides and is normalised anew at every call, so all keys change.
+    All positions are trained at once and one model serves every horizon by roll-out. The net only corrects a
+    seasonal skip, the mean of the days seen so far, so that the forecast is sane before the first training
+    step. There is no KV cache: the window slides and is normalised anew at every call, so all keys change.
     """
     mixes_columns = False
 
@@ -726,7 +783,8 @@ class SegmentDecoder(nn.Module):
         self.gate = nn.Parameter(torch.tensor(0.1))
 
     def segments(self, z):
-        """Normalised (N, L) -> (N, tokens, S): row i is the forecast after token i and depends on tokens <= i only."""
+        """Normalised (N, L) -> (N, tokens, S): row i is the forecast after token i and depends on tokens <= i
+        only."""
         days = z.unflatten(-1, (self.tokens, self.token))
         mean_so_far = days.cumsum(1) / torch.arange(1, self.tokens + 1, device=z.device)[:, None]
         hidden = self.norm(self.blocks(self.embed(days) + self.position))
@@ -738,8 +796,9 @@ class SegmentDecoder(nn.Module):
         return self.segments(z)[:, -1].view(*x.shape[:-1], -1) * spread + level
 
     def loss(self, w, progress):
-        """Squared error of all positions. note: as in AutoTimes, the whole window sets the scale, so that in training an early position
-        knows a little about later days; a forecast uses the last position only, which knows nothing of the future."""
+        """Squared error of all positions. note: as in AutoTimes, the whole window sets the scale, so that in
+        training an early position knows a little about later days; a forecast uses the last position only,
+        which knows nothing of the future."""
         level, spread = normalise(w[..., : self.lookback])
         z = ((w - level) / spread).flatten(0, -2)
         truth = z[:, self.token :].unfold(-1, self.chunk, self.token)  # (N, tokens, S)
@@ -763,13 +822,15 @@ def windows(table, length):
 def rollout(model, history, horizon):
     """Autoregression: predict, append, slide, repeat. (..., C, at least L) -> (..., C, horizon).
 
-    A model that emits S steps is called ceil(horizon / S) times and reads its own output from the second call on. With S >= horizon
-    this is a "direct" forecast: one-step, patch-wise and direct models differ in S and in nothing else.
+    A model that emits S steps is called ceil(horizon / S) times and reads its own output from the second call
+    on. With S >= horizon this is a "direct" forecast: one-step, patch-wise and direct models differ in S and in
+    nothing else.
     Example: x_t = x_{t-1} / 2 after a history that ends in 8 -> 4, 2, 1
     """
     L, S = model.lookback, model.chunk
     if history.shape[-1] < L:
-        raise UserError(f"a history of {history.shape[-1]} steps is shorter than the lookback of {L}: give more rows, or a shorter --lookback")
+        raise UserError(f"a history of {history.shape[-1]} steps is shorter than the lookback of {L}: "
+                        "give more rows, or a shorter --lookback")
     steps = -(-horizon // S) * S
     buffer = torch.cat([history[..., history.shape[-1] - L :], history.new_zeros(*history.shape[:-1], steps)], -1)
     for t in range(0, steps, S):
@@ -780,9 +841,10 @@ def rollout(model, history, horizon):
 class LagModel:
     """next S steps = m + (x[lags] - m) @ weight, where m is the mean of the window (0 without `centre`).
 
-    Repeat, seasonal naive, profile, AR(p), seasonal AR and ridge are all this line. `lags` (n,) count backwards from the next step:
-    1 is the last value. `weight` is (n, S). Taking m out makes the rule follow the level. The window, `least` steps or more, holds whole
-    seasons, or m would swing with the time of day; it should be longer than the lags are few: with one lag and a window of one, x - m is 0.
+    Repeat, seasonal naive, profile, AR(p), seasonal AR and ridge are all this line. `lags` (n,) count backwards
+    from the next step: 1 is the last value. `weight` is (n, S). Taking m out makes the rule follow the level.
+    The window, `least` steps or more, holds whole seasons, or m would swing with the time of day; it should be
+    longer than the lags are few: with one lag and a window of one, x - m is 0.
     """
 
     def __init__(self, lags, weight, period=1, centre=True, least=0):
@@ -792,13 +854,18 @@ class LagModel:
         self.lookback = -(-max(int(self.lags.max()), least) // period) * period
         self.sigma = None  # (C,) deviation of the one-step errors; set by a fit
 
+    @property
+    def fitted(self):
+        return 0 if self.sigma is None else self.weight.numel()  # the naive rules fit nothing
+
     def __call__(self, x):
         level = x.mean(-1, keepdim=True) if self.centre else torch.zeros_like(x[..., :1])
         return (x[..., (self.lookback - self.lags).to(x.device)] - level) @ self.weight.to(x) + level
 
     def matrix(self, horizon):
-        """A roll-out of a linear rule is linear: roll out the L unit histories once -> (L, horizon), and all forecasts of all windows
-        are one product, `history @ matrix`. The same numbers, a hundred times faster."""
+        """A roll-out of a linear rule is linear: roll out the L unit histories once -> (L, horizon), and all
+        forecasts of all windows are one product, `history @ matrix`. The same numbers, a hundred times
+        faster."""
         return rollout(self, torch.eye(self.lookback, dtype=torch.float64)[:, None], horizon)[:, 0]
 
     def coefficients(self):
@@ -809,8 +876,8 @@ class LagModel:
 def fit_lags(table, lags, period=1, chunk=1, ridge=1e-6, centre=True, least=0):
     """Least squares over all windows of all columns: the best LagModel on these lags. (T, C) -> LagModel.
 
-    Closed form: sum up G = X'X and b = X'y, solve (G + ridge * mean diagonal) w = b. Lags 1..p give AR(p), `seasonal_lags` the
-    seasonal AR, chunk > 1 a direct forecast with one column of weights per step ahead.
+    Closed form: sum up G = X'X and b = X'y, solve (G + ridge * mean diagonal) w = b. Lags 1..p give AR(p),
+    `seasonal_lags` the seasonal AR, chunk > 1 a direct forecast with one column of weights per step ahead.
     Example: the column 8, 4, 2, 1, lags [1], no centre -> weight 0.5
     """
     table = table.cpu().double()
@@ -834,16 +901,19 @@ def fit_lags(table, lags, period=1, chunk=1, ridge=1e-6, centre=True, least=0):
 
 
 def seasonal_lags(period, seasons, short=2):
-    """The lags of the seasonal AR: the last `short` steps and, for each of the last seasons, the same phase and the `short` steps before.
+    """The lags of the seasonal AR: the last `short` steps and, for each of the last seasons, the same phase and
+    the `short` steps before.
 
-    Multiplied out, (1 - phi B)(1 - sum_k Phi_k B^{Pk}) of Box and Jenkins has the lags 1, Pk and Pk+1; here their weights are free.
+    Multiplied out, (1 - phi B)(1 - sum_k Phi_k B^{Pk}) of Box and Jenkins has the lags 1, Pk and Pk+1; here
+    their weights are free.
     Example: period 24, 2 seasons -> [1, 2, 24, 25, 26, 48, 49, 50]; with 29 seasons 89 lags.
     """
     return sorted({*range(1, short + 1), *(period * k + j for k in range(1, seasons + 1) for j in range(short + 1))})
 
 
 def companion(coef):
-    """x_t = sum_k coef[k-1] x_{t-k} as a matrix that moves the state (x_{t-1}, ..., x_{t-p}) one step: forecasts are its powers.
+    """x_t = sum_k coef[k-1] x_{t-k} as a matrix that moves the state (x_{t-1}, ..., x_{t-p}) one step:
+    forecasts are its powers.
 
     Example: [a, b] -> [[a, b], [1, 0]]
     """
@@ -853,7 +923,8 @@ def companion(coef):
 
 
 def radius(coef):
-    """Largest |eigenvalue| of the companion matrix. Below 1 a shock dies out, at 1 it stays, above 1 every roll-out explodes."""
+    """Largest |eigenvalue| of the companion matrix. Below 1 a shock dies out, at 1 it stays, above 1 every
+    roll-out explodes."""
     return float(torch.linalg.eigvals(companion(coef)).abs().max())
 
 
@@ -866,7 +937,8 @@ def stabilise(model, most=1.0001):
 
 
 def psi_weights(model, horizon):
-    """The answer to a unit shock, (horizon,): psi_0 = 1, psi_j = sum_k a_k psi_{j-k}: the roll-out of the history (..., 0, 0, 1).
+    """The answer to a unit shock, (horizon,): psi_0 = 1, psi_j = sum_k a_k psi_{j-k}: the roll-out of the
+    history (..., 0, 0, 1).
 
     The error h steps ahead is sum_{j<h} psi_j e_{t+h-j}, so its variance is sigma^2 sum_{j<h} psi_j^2.
     Example: AR(1) with 0.5 -> 1, 0.5, 0.25
@@ -877,17 +949,20 @@ def psi_weights(model, horizon):
 def autocovariance(x, order):
     """Autocovariances r_0..r_order of the columns of x (T, C), averaged over columns -> (order + 1,), by FFT.
 
-    Divided by T, not by T - k ("biased"): only so is the Toeplitz matrix positive definite and the fitted AR stable.
+    Divided by T, not by T - k ("biased"): only so is the Toeplitz matrix positive definite and the fitted AR
+    stable.
     """
     x = x.double() - x.double().mean(0)
-    power = torch.fft.rfft(x, n=2 * len(x), dim=0).abs().square()  # padded with zeros, or the end would meet the start
+    power = torch.fft.rfft(x, n=2 * len(x), dim=0).abs().square()  # zero-padded, or the end would meet the start
     return torch.fft.irfft(power, dim=0)[: order + 1].mean(1) / len(x)
 
 
 def levinson(r):
-    """Solve the Yule-Walker equations sum_j a_j r_|i-j| = r_i in O(p^2), order by order (Levinson 1946, Durbin 1960).
+    """Solve the Yule-Walker equations sum_j a_j r_|i-j| = r_i in O(p^2), order by order (Levinson 1946, Durbin
+    1960).
 
-    r (p + 1,) -> coefficients (p,), and the error variance at orders 0..p (p + 1,): where it goes flat, more lags buy nothing.
+    r (p + 1,) -> coefficients (p,), and the error variance at orders 0..p (p + 1,): where it goes flat, more
+    lags buy nothing.
     Example: [1, 0.5, 0.25] -> [0.5, 0], [1, 0.75, 0.75]
     """
     coef, error = r[:0], [r[0]]
@@ -899,7 +974,8 @@ def levinson(r):
 
 
 def yule_walker(table, order, centre=True, least=0):
-    """AR(order) from autocovariances: one FFT and one recursion, whatever the length of the series. (T, C) -> LagModel."""
+    """AR(order) from autocovariances: one FFT and one recursion, whatever the length of the series. (T, C) ->
+    LagModel."""
     table = table.cpu().double()
     coef, error = levinson(autocovariance(table, order))
     model = LagModel(range(1, order + 1), coef, centre=centre, least=least)
@@ -908,7 +984,8 @@ def yule_walker(table, order, centre=True, least=0):
 
 
 def stpe(found, true):
-    """AR-Net's score of coefficients, symmetric total percentage error: 100 sum |found - true| / sum (|found| + |true|)."""
+    """AR-Net's score of coefficients, symmetric total percentage error: 100 sum |found - true| / sum (|found| +
+    |true|)."""
     return float(100 * (found - true).abs().sum() / (found.abs() + true.abs()).sum())
 
 
@@ -919,7 +996,8 @@ def stpe(found, true):
 
 @torch.no_grad()
 def forecasts(model, table, starts, horizon, batch=512):
-    """The forecast made just before each row in `starts`, from the rows before it and nothing else: (T, C) -> (N, C, horizon)."""
+    """The forecast made just before each row in `starts`, from the rows before it and nothing else: (T, C) ->
+    (N, C, horizon)."""
     history, made = windows(table, model.lookback), []
     matrix = model.matrix(horizon).to(table) if isinstance(model, LagModel) else None
     for some in starts.split(batch):
@@ -935,11 +1013,13 @@ def truths(observed, starts, horizon, end):
 
 
 def score(forecast, truth, fits, naive_mae, drop_last=0):
-    """MSE, MAE and MASE: means over windows, steps and columns. forecast, truth (N, C, H); fits {horizon: how many windows}.
+    """MSE, MAE and MASE: means over windows, steps and columns. forecast, truth (N, C, H); fits {horizon: how
+    many windows}.
 
-    The windows of a horizon are the first `fits[horizon]` of the N, those that end inside the split: all of them are scored.
-    naive_mae (C,) is the mean |x_t - x_{t-period}| of the training rows, MASE's yardstick. drop_last keeps whole batches of this size
-    only, as many published test loaders do; it drops the *last* windows, here the hard ones, and flatters every model.
+    The windows of a horizon are the first `fits[horizon]` of the N, those that end inside the split: all of
+    them are scored. naive_mae (C,) is the mean |x_t - x_{t-period}| of the training rows, MASE's yardstick.
+    drop_last keeps whole batches of this size only, as many published test loaders do; it drops the *last*
+    windows, here the hard ones, and flatters every model.
     """
     result = {"windows": {}, "mse": {}, "mae": {}, "mase": {}, "mse_by_column": {}}
     for horizon, n in fits.items():
@@ -947,21 +1027,24 @@ def score(forecast, truth, fits, naive_mae, drop_last=0):
         if n == 0:
             raise UserError(f"--drop-last {drop_last} leaves no window at horizon {horizon}")
         error = forecast[:n, :, :horizon] - truth[:n, :, :horizon]
-        square, absolute = error.square().nanmean((0, 2)), error.abs().nanmean((0, 2))  # (C,); missing truths do not count
-        row = {"windows": n, "mse": float(square.nanmean()), "mae": float(absolute.nanmean()), "mase": float((absolute / naive_mae).nanmean()),
-               "mse_by_column": [round(float(s), 4) for s in square]}
+        square, absolute = error.square().nanmean((0, 2)), error.abs().nanmean((0, 2))  # (C,); missing does not count
+        row = {"windows": n, "mse": float(square.nanmean()), "mae": float(absolute.nanmean()),
+               "mase": float((absolute / naive_mae).nanmean()), "mse_by_column": [round(float(v), 4) for v in square]}
         for key, value in row.items():
             result[key][str(horizon)] = value
     return result
 
 
 def residual_interval(errors, level, conformal=False):
-    """Errors (N, C, H) of past forecasts, truth - forecast -> (lower, upper) offsets for the next one, (C, H) each, never crossing.
+    """Errors (N, C, H) of past forecasts, truth - forecast -> (lower, upper) offsets for the next one, (C, H)
+    each, never crossing.
 
-    The empirical quantiles (1 -+ level) / 2 of every column and step: no Gaussian, any model, wider with the step because the errors of a
-    roll-out are. conformal: one symmetric width, the ceil((N + 1) level)-th smallest |error|, which covers a new error with probability
-    >= level if errors are exchangeable (those of overlapping windows are so only roughly).
-    Example: errors -2, -1, 0, 1, 2 and level 0.5 -> -1 and 1; conformal: the third smallest of 0, 1, 1, 2, 2 -> -1 and 1
+    The empirical quantiles (1 -+ level) / 2 of every column and step: no Gaussian, any model, wider with the
+    step because the errors of a roll-out are. conformal: one symmetric width, the ceil((N + 1) level)-th
+    smallest |error|, which covers a new error with probability >= level if errors are exchangeable (those of
+    overlapping windows are so only roughly).
+    Example: errors -2, -1, 0, 1, 2 and level 0.5 -> -1 and 1; conformal: the third smallest of 0, 1, 1, 2, 2 ->
+    -1 and 1
     """
     if conformal:
         known = (~errors.isnan()).sum(0)
@@ -972,9 +1055,11 @@ def residual_interval(errors, level, conformal=False):
 
 
 def psi_interval(model, horizon, level):
-    """The textbook interval of an AR: Gaussian with deviation sigma sqrt(sum_{j<h} psi_j^2) -> (lower, upper), (C, horizon) each."""
-    width = statistics.NormalDist().inv_cdf((1 + level) / 2) * model.sigma[:, None] * psi_weights(model, horizon).square().cumsum(0).sqrt()
-    return -width.float(), width.float()
+    """The textbook interval of an AR: Gaussian with deviation sigma sqrt(sum_{j<h} psi_j^2) -> (lower, upper),
+    (C, horizon) each."""
+    spread = model.sigma[:, None] * psi_weights(model, horizon).square().cumsum(0).sqrt()
+    width = (statistics.NormalDist().inv_cdf((1 + level) / 2) * spread).float()
+    return -width, width
 
 
 def coverage(errors, interval, block):
@@ -982,7 +1067,8 @@ def coverage(errors, interval, block):
     lower, upper = interval
     known = (~errors.isnan()).sum((0, 1))
     inside = ((errors >= lower) & (errors <= upper)).sum((0, 1)) / known.clamp(min=1)  # NaN is inside nothing
-    return [[round(float(part.mean()), 4) for part in steps.split(block)] for steps in (inside, (upper - lower).mean(0))]
+    width = (upper - lower).mean(0)
+    return [[round(float(part.mean()), 4) for part in steps.split(block)] for steps in (inside, width)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1063,7 +1149,8 @@ def epoch_order(epoch, n, seed):
 
 
 def batch_indices(step, batch, n, seed):
-    """Which of n windows step number `step` takes. A pure function: the position in the data is the step, nothing else to save."""
+    """Which of n windows step number `step` takes. A pure function: the position in the data is the step,
+    nothing else to save."""
     per_epoch = max(1, n // batch)
     epoch, place = divmod(step, per_epoch)
     return epoch_order(epoch, n, seed)[place * batch : (place + 1) * batch]
@@ -1072,18 +1159,21 @@ def batch_indices(step, batch, n, seed):
 def train(model, table, recipe, seed, name, path=None, resume=False, made_with=()):
     """Fit a net on windows of the rows of `table` (T, C), scaled; -> the loss of each step.
 
-    AdamW, 20 steps of warm-up, cosine to zero, gradients clipped at norm 1. recipe: (steps, windows a step, learning rate).
+    AdamW, 20 steps of warm-up, cosine to zero, gradients clipped at norm 1. recipe: (steps, windows a step,
+    learning rate).
     """
     steps, batch, rate = recipe
     data = windows(table, model.lookback + model.chunk)
     if not model.mixes_columns:
         data = data.flatten(0, 1)[:, None]  # every (window, column) is a series of its own
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    made_with, step, losses = {"rung": name, "seed": seed, "recipe": list(recipe), "rows": list(table.shape), **dict(made_with)}, 0, []
+    made_with = {"rung": name, "seed": seed, "recipe": list(recipe), "rows": list(table.shape), **dict(made_with)}
+    step, losses = 0, []
     if resume and path and path.exists():
         state = load_checkpoint(path)
         if state["config"] != made_with:
-            raise UserError(f"{path} was made with {state['config']}, this run asks for {made_with}: drop --resume, or choose another --out")
+            raise UserError(f"{path} was made with {state['config']}, this run asks for {made_with}: "
+                            "drop --resume, or choose another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])  # dropout
@@ -1097,7 +1187,8 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
                 group["lr"] = rate * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = model.loss(data[batch_indices(step, batch, len(data), seed).to(table.device)], step / steps)
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of {name} is {loss.item()} at step {step}: are there extreme values in the data? The last good state is kept")
+                raise UserError(f"the loss of {name} is {loss.item()} at step {step}: are there extreme values in the data?"
+                                " The last good checkpoint is kept")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1106,10 +1197,11 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
             losses.append(loss.item())
             bar.update(loss=losses[-1])
             if path and (step % 100 == 0 or step == steps or stop.asked):
-                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                       "step": step, "losses": losses, "rng": rng_state()})
+                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "losses": losses, "step": step,
+                                       "optimizer": optimizer.state_dict(), "rng": rng_state()})
             if stop.asked:
-                raise KeyboardInterrupt(f"step {step} of {name} is saved; go on with the same command and --resume" if path else "")
+                raise KeyboardInterrupt(f"step {step} of {name} is saved; go on with the same command and --resume"
+                                        if path else "")
     model.eval()
     return losses
 
@@ -1132,13 +1224,14 @@ RUNGS = {
     "decoder": "causal transformer over segments",
     "sar+decoder": "the mean of the two forecasts",
 }
-CLOSED = ["repeat", "snaive", "profile", "ar", "sar", "ridge"]  # fitted in seconds: what `--model auto` tries before a forecast
-#          steps, windows a step, learning rate: chosen on the validation rows of ETTh1
-RECIPES = {"arnet": (1500, 512, 3e-3), "dlinear": (800, 256, 1e-3), "itransformer": (600, 64, 1e-3), "decoder": (215, 256, 1e-3)}
+QUICK = ["repeat", "snaive", "profile", "ar", "sar", "ridge"]  # closed forms: what `forecast --model auto` tries
+RECIPES = {"arnet": (1500, 512, 3e-3), "dlinear": (800, 256, 1e-3),  # steps, windows a step, learning rate:
+           "itransformer": (600, 64, 1e-3), "decoder": (215, 256, 1e-3)}  # chosen on the validation rows of ETTh1
 
 
 def build(name, table, period, config, seed=0, path=None):
-    """Fit one rung on all rows of `table` (T, C), scaled. Sizes follow the season P; no lookback exceeds a quarter of the rows."""
+    """Fit one rung on all rows of `table` (T, C), scaled. Sizes follow the season P; no lookback exceeds a
+    quarter of the rows."""
     rows, P = len(table), period
     most = max(1, rows // 4 // P)  # seasons in a lookback
     token = P * -(-16 // P)  # whole seasons, at least 16 rows: 24 -> 24, 7 -> 21, 1 -> 16
@@ -1160,15 +1253,21 @@ def build(name, table, period, config, seed=0, path=None):
     if name == "ridge":
         return fit_lags(table, range(1, lookback + 1), chunk=chunk, ridge=1e-3)
     torch.manual_seed(seed)
-    model = {"arnet": lambda: ARNet(order, config.sparsity, least=lookback),
-             "dlinear": lambda: DLinear(lookback, chunk),
-             "itransformer": lambda: ITransformer(config.lookback or 4 * token, chunk, config.width, config.layers),
-             "decoder": lambda: SegmentDecoder(token, min(28, rows // 4 // token), chunk, config.width, config.layers)}[name]()
-    if rows < 2 * (model.lookback + model.chunk) or model.lookback == 0:
-        raise TooShort(f"needs {2 * (model.lookback + model.chunk)} rows, has {rows}")
+    if name == "arnet":
+        model = ARNet(order, config.sparsity, least=lookback)
+    elif name == "dlinear":
+        model = DLinear(lookback, chunk)
+    elif name == "itransformer":
+        model = ITransformer(config.lookback or 4 * token, chunk, config.width, config.layers)
+    else:
+        if chunk % token:
+            raise UserError(f"--chunk {chunk}: the decoder emits whole tokens, so give a multiple of {token}")
+        model = SegmentDecoder(token, min(28, rows // 4 // token), chunk, config.width, config.layers)
+    if model.lookback == 0 or rows < 2 * (model.lookback + model.chunk):
+        raise TooShort(f"needs {2 * (max(model.lookback, token) + model.chunk)} rows, has {rows}")
     steps, batch, rate = RECIPES[name]
-    train(model.to(table.device), table, (config.steps or steps, batch, rate), seed, name, path, config.resume,
-          {k: getattr(config, k) for k in ("data", "target", "width", "layers", "sparsity")})
+    made_with = {key: getattr(config, key) for key in ("data", "target", "width", "layers", "sparsity")}
+    train(model.to(table.device), table, (config.steps or steps, batch, rate), seed, name, path, config.resume, made_with)
     return model
 
 
@@ -1185,8 +1284,7 @@ class Rung:
 
     @property
     def params(self):
-        return sum((m.weight.numel() if m.sigma is not None else 0) if isinstance(m, LagModel)  # only a fit sets sigma
-                   else sum(p.numel() for p in m.parameters()) for m in self.models)
+        return sum(m.fitted if isinstance(m, LagModel) else sum(p.numel() for p in m.parameters()) for m in self.models)
 
     @property
     def lookback(self):
@@ -1226,46 +1324,50 @@ class Arena:
             if models[0].lookback > self.starts["val"][0]:
                 raise TooShort(f"looks back {models[0].lookback} rows, more than there are to train on")
             made = {part: forecasts(models[0], self.table, starts, self.H) for part, starts in self.starts.items()}
-        scores = {part: score(made[part], self.truth[part], self.fits[part], self.naive_mae, self.config.drop_last if part == "test" else 0)
-                  for part in made}
-        return Rung(name, seed, models, seconds, made, scores["test"], statistics.fmean(scores["val"]["mse"].values()))
+        test = score(made["test"], self.truth["test"], self.fits["test"], self.naive_mae, self.config.drop_last)
+        val = score(made["val"], self.truth["val"], self.fits["val"], self.naive_mae)
+        return Rung(name, seed, models, seconds, made, test, statistics.fmean(val["mse"].values()))
 
     def climb(self, names, out=None):
-        """All rungs of `names`, nets once per seed -> list of Rung. One that needs more rows than there are is named and left out."""
+        """All rungs of `names`, nets once per seed -> list of Rung. One that needs more rows than there are is
+        named and left out."""
         rungs = []
         for name in names:
             if name == "snaive" and self.series.period == 1:
                 continue  # without a season it is `repeat`
             random = any(part in RECIPES for part in name.split("+"))
             for seed in range(self.config.seeds if random else 1):
-                path = make_folder(out / f"{name}-{self.config.seed + seed}") / "last.pt" if out and name in RECIPES else None
+                folder = out / f"{name}-{self.config.seed + seed}" if out and name in RECIPES else None
                 try:
-                    rungs.append(self.enter(name, seed, rungs, path))
+                    rungs.append(self.enter(name, seed, rungs, make_folder(folder) / "last.pt" if folder else None))
                 except (TooShort, StopIteration) as error:
                     print(f"left out: {name} {error or 'lacks a member'}")
         if not rungs:
-            raise UserError(f"{self.series.name}: no rung of --model {self.config.model} can be fitted on {len(self.train)} rows: give more rows")
+            raise UserError(f"{self.series.name}: {len(self.train)} training rows are too few for --model "
+                            f"{self.config.model}: give more rows")
         return rungs
 
     def interval(self, rung, kind, level):
-        """Offsets around the rung's test forecasts, made only from rows before the test rows -> (lower, upper), (C, H) each."""
+        """Offsets around the rung's test forecasts, made only from rows before the test rows -> (lower, upper),
+        (C, H) each."""
         if kind == "psi":
-            if len(rung.models) > 1 or not isinstance(rung.models[0], LagModel) or rung.models[0].chunk > 1 or rung.models[0].sigma is None:
-                raise UserError(f"--interval psi needs an autoregression fitted one step ahead (ar, yw or sar), not {rung.name}")
+            if rung.name not in ("ar", "yw", "sar"):
+                raise UserError(f"--interval psi is for an AR fitted one step ahead (ar, yw or sar), not for {rung.name}")
             return psi_interval(rung.models[0], self.H, level)
         if kind == "conformal":
             return residual_interval(self.truth["val"] - rung.made["val"], level, conformal=True)
         starts = torch.arange(rung.lookback, len(self.train) - self.H + 1, 23)  # 23 comes to every hour of the day
         if len(starts) < 20:
-            raise UserError(f"{len(starts)} training windows are too few for residual intervals: use --interval conformal")
+            raise UserError(f"{len(starts)} training windows are too few for intervals: use --interval conformal")
         made = sum(forecasts(m, self.train, starts, self.H) for m in rung.models) / len(rung.models)
         return residual_interval(truths(self.train.cpu(), starts, self.H, len(self.train)) - made, level)
 
     def floor(self, steps):
-        """Generators only: the MSE at steps 1..`steps` that no forecast beats, the psi-weight sums of the noise, scaled -> (steps,)."""
+        """Generators only: the scaled MSE at steps 1..`steps` that no forecast beats, from the psi-weights of the noise."""
         weights, deviation = self.series.noise
         model = LagModel(list(weights), list(weights.values()), centre=False)
-        return (deviation**2 * psi_weights(model, steps).square().cumsum(0)).numpy() * np.mean(self.scaler.std ** -2.0)
+        units = deviation**2 * psi_weights(model, steps).square().cumsum(0).numpy()
+        return units * np.mean(self.scaler.std**-2.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1302,35 +1404,34 @@ def summary(rungs):
     rows, naive = [], next((r for r in rungs if r.name == "snaive"), rungs[0])
     for name in dict.fromkeys(r.name for r in rungs):
         group = [r for r in rungs if r.name == name]
-        over_seeds = lambda key: {h: statistics.fmean(r.test[key][h] for r in group) for h in group[0].test[key]}
-        by_seed = [statistics.fmean(r.test["mse"].values()) for r in group]
-        mse, mae = over_seeds("mse"), over_seeds("mae")
+        one, by_seed = group[0], [statistics.fmean(r.test["mse"].values()) for r in group]
+        mse, mae, mase = ({h: statistics.fmean(r.test[key][h] for r in group) for h in one.test[key]}
+                          for key in ("mse", "mae", "mase"))
         rows.append({
-            "name": name, "params": group[0].params, "fit_seconds": statistics.fmean(r.seconds for r in group), "lookback": group[0].lookback,
-            "mse": mse, "mae": mae, "mase": over_seeds("mase"), "mse_average": statistics.fmean(by_seed),
-            "mae_average": statistics.fmean(mae.values()), "mse_average_by_seed": by_seed,
-            "skill": 1 - statistics.fmean(by_seed) / statistics.fmean(naive.test["mse"].values()),
-            "val_mse": statistics.fmean(r.val for r in group), "mse_by_column": group[0].test["mse_by_column"],
-            "windows": group[0].test["windows"]})
+            "name": name, "params": one.params, "lookback": one.lookback, "mse": mse, "mae": mae, "mase": mase,
+            "fit_seconds": statistics.fmean(r.seconds for r in group), "val_mse": statistics.fmean(r.val for r in group),
+            "mse_average": statistics.fmean(by_seed), "mae_average": statistics.fmean(mae.values()),
+            "mse_average_by_seed": by_seed, "mse_by_column": one.test["mse_by_column"], "windows": one.test["windows"],
+            "skill": 1 - statistics.fmean(by_seed) / statistics.fmean(naive.test["mse"].values())})
     return rows
 
 
 def print_ladder(rows):
-    """Errors of scaled values, over all test windows, steps and columns; `val` is the MSE on the validation rows, for choosing."""
-    horizons = list(rows[0]["mse"])
-    print(f"\n{'MSE / MAE':<13}{'numbers':>8}{'lookback':>9}{'fit s':>7}" + "".join(f"{'h = ' + h:>13}" for h in horizons)
-          + f"{'average':>13}{'skill':>7}{'val':>8}")
+    """Errors of scaled values over all test windows, steps and columns; `val` is the MSE on the validation rows."""
+    print(f"\n{'MSE/MAE':<13}{'numbers':>8}{'lookback':>9}{'fit s':>7}"
+          + "".join(f"{'h = ' + h:>13}" for h in rows[0]["mse"]) + f"{'average':>13}{'skill':>7}{'val':>8}")
     for r in rows:
-        cells = [f"{r['mse'][h]:.3f}/{r['mae'][h]:.3f}" for h in horizons] + [f"{r['mse_average']:.3f}/{r['mae_average']:.3f}"]
+        cells = [(r["mse"][h], r["mae"][h]) for h in r["mse"]] + [(r["mse_average"], r["mae_average"])]
         seeds = r["mse_average_by_seed"]
         spread = f"   {len(seeds)} seeds: {min(seeds):.4f} to {max(seeds):.4f}" if len(seeds) > 1 else ""
-        print(f"{r['name']:<13}{r['params']:>8,}{r['lookback']:>9}{r['fit_seconds']:>7.1f}" + "".join(f"{c:>13}" for c in cells)
-              + f"{r['skill']:>7.0%}{r['val_mse']:>8.3f}{spread}")
+        print(f"{r['name']:<13}{r['params']:>8,}{r['lookback']:>9}{r['fit_seconds']:>7.1f}"
+              + "".join(f"{f'{mse:.3f}/{mae:.3f}':>13}" for mse, mae in cells) + f"{r['skill']:>7.0%}{r['val_mse']:>8.3f}{spread}")
     print("windows: " + ", ".join(f"{n} at h = {h}" for h, n in rows[0]["windows"].items()), flush=True)
 
 
 def draw_coefficients(panels, true, path):
-    """panels: {title: {way: (order,) coefficients}}. Few lags: the weights beside the true ones. Many: their sizes, on a log scale."""
+    """panels: {title: {way: (order,) coefficients}}. Few lags: the weights beside the true ones. Many: their
+    sizes, on a log scale."""
     figure, axes = new_figure(11, 3.8, 1, len(panels))
     for axis, (title, ways) in zip(axes[0], panels.items()):
         for i, (way, coef) in enumerate(ways.items()):
@@ -1339,15 +1440,17 @@ def draw_coefficients(panels, true, path):
                 axis.plot(lags + 0.2 * (i - 1), coef, "osD"[i], ms=5, alpha=0.85, label=way)
             else:
                 axis.plot(lags, coef.abs().clamp(min=1e-6), "osD"[i], ms=4, alpha=0.85, label=way)
-        axis.vlines(list(true), 0 if few else 1e-6, [w if few else abs(w) for w in true.values()], color="black", lw=1.5, zorder=0, label="truth")
-        axis.axhline(0 if few else 1e-6, color="black", lw=0.6, zorder=0)
+        heights, bottom = [w if few else abs(w) for w in true.values()], 0 if few else 1e-6
+        axis.vlines(list(true), bottom, heights, color="black", lw=1.5, zorder=0, label="truth")
+        axis.axhline(bottom, color="black", lw=0.6, zorder=0)
         axis.set(title=title, xlabel="lag", ylabel="weight" if few else "|weight|", yscale="linear" if few else "log")
         axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
 def draw_ladder(arena, rungs, path):
-    """Left: the error of every rung and how many numbers it fitted. Right: error at each step, above the floor where it is known."""
+    """Left: the error of every rung and how many numbers it fitted. Right: error at each step, above the floor
+    where it is known."""
     figure, axes = new_figure(11, 4.6, 1, 2)
     left, right = axes[0]
     rows = sorted(summary(rungs), key=lambda row: -row["mse_average"])
@@ -1361,7 +1464,7 @@ def draw_ladder(arena, rungs, path):
         left.text(0.99 * most, y, f"{row['params']:,}", va="center", ha="right", fontsize=9)
     for kind, color in kinds.items():
         left.barh(0, 0, color=color, alpha=0.7, label=kind)
-    left.set(yticks=[], xlim=(0, most), xlabel="test MSE, mean over horizons", title="error, and numbers fitted (right)")
+    left.set(yticks=[], xlim=(0, most), xlabel="test MSE, mean over horizons", title="error; at the right, numbers fitted")
     left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=3, frameon=False)
     ranked = [row["name"] for row in rows[::-1]]
     for name in ranked[:4] + [name for name in ("profile", "snaive") if name in ranked[4:]]:
@@ -1376,14 +1479,17 @@ def draw_ladder(arena, rungs, path):
 
 
 def draw_windows(arena, rung, naive, interval, level, path, block):
-    """Above: two test windows of the first column, in its units. Below: what the interval covers, block by block."""
+    """Above: two test windows of the first column, in its units. Below: what the interval covers, block by
+    block."""
     figure, axes = new_figure(11, 6.4, 2, 2)
-    units = lambda x: arena.scaler.unscale(x[:, :shown], slice(0, 1))[0]  # (1, H) scaled -> what is shown of it
     shown = min(arena.H, max(4 * arena.series.period, 48))
-    for axis, i in zip(axes[0], (arena.fits["test"][arena.H] // 4, arena.fits["test"][arena.H] * 3 // 4)):
+    units = lambda x: arena.scaler.unscale(x[:, :shown], slice(0, 1))[0]  # (1, H) scaled -> what is shown of it
+    for axis, quarter in zip(axes[0], (1, 3)):
+        i = arena.fits["test"][arena.H] * quarter // 4
         start, steps, f = int(arena.starts["test"][i]), np.arange(shown), rung.made["test"][i, :1]
+        lower, upper = (units(f + offset[:1]) for offset in interval)
         axis.plot(range(-shown, 0), arena.series.observed[start - shown : start, 0], color="0.6", lw=1)
-        axis.fill_between(steps, units(f + interval[0][:1]), units(f + interval[1][:1]), color="tab:red", alpha=0.15, lw=0, label=f"{level:.0%} interval")
+        axis.fill_between(steps, lower, upper, color="tab:red", alpha=0.15, lw=0, label=f"{level:.0%} interval")
         axis.plot(steps, units(naive.made["test"][i, :1]), color="tab:blue", lw=1, ls=":", label=naive.name)
         axis.plot(steps, units(arena.truth["test"][i, :1]), color="black", lw=1.1, label="what happened")
         axis.plot(steps, units(f), color="tab:red", lw=1.6, label=rung.name)
@@ -1394,7 +1500,7 @@ def draw_windows(arena, rung, naive, interval, level, path, block):
     names = [f"{i * block + 1}-{min((i + 1) * block, arena.H)}" for i in range(len(inside))]
     axes[1, 0].bar(names, inside, color="tab:red", alpha=0.45)
     axes[1, 0].axhline(level, color="black", ls="--", lw=1)
-    axes[1, 0].set(title=f"{rung.name}: share of truths inside the {level:.0%} interval", xlabel="steps ahead", ylim=(0, 1))
+    axes[1, 0].set(title=f"{rung.name}: truths inside the {level:.0%} interval", xlabel="steps ahead", ylim=(0, 1))
     axes[1, 1].bar(names, width, color="tab:red", alpha=0.45)
     axes[1, 1].set(title="mean width of the interval, in deviations of the column", xlabel="steps ahead")
     for axis in axes[1]:
@@ -1433,52 +1539,50 @@ def parse_horizons(config, default):
 
 
 def parse_models(config, default):
-    """--model -> names of rungs, means last, members of a mean added."""
-    names = default if config.model == "auto" else list(RUNGS) if config.model == "all" else config.model.replace(" ", "").split(",")
-    members = [m for n in names if "+" in n for m in n.split("+")]
-    unknown = [n for n in names + members if "+" not in n and n not in RUNGS]
-    if unknown or not names:
-        raise UserError(f"--model {config.model}: no rung '{unknown[0]}'; there are {', '.join(RUNGS)}, and any mean as in ar+decoder")
-    return list(dict.fromkeys(sorted(names + members, key=lambda n: "+" in n)))
-
-
-def validate(config):
-    if config.width % 8:
-        raise UserError(f"--width {config.width} must be a multiple of 8, the heads of itransformer")
+    """--model -> names of rungs: members of means added, means last."""
+    names = {"auto": default, "all": list(RUNGS)}.get(config.model) or config.model.replace(" ", "").split(",")
+    names = [m for n in names if "+" in n for m in n.split("+")] + names
+    for name in names:
+        if "+" not in name and name not in RUNGS:
+            raise UserError(f"--model {config.model}: no rung '{name}'; there are {', '.join(RUNGS)}, and means as in ar+ridge")
+    return sorted(dict.fromkeys(names), key=lambda n: list(RUNGS).index(n) if n in RUNGS else len(RUNGS))
 
 
 def say(series):
-    print(f"data {series.name}: {len(series.values)} rows of {', '.join(series.columns[:8])}{' ...' if len(series.columns) > 8 else ''}")
+    more = f" and {len(series.columns) - 8} more" if len(series.columns) > 8 else ""
+    print(f"data {series.name}: {len(series.values)} rows of {', '.join(series.columns[:8])}{more}")
     print("".join(f"  {note}\n" for note in series.notes), end="", flush=True)
 
 
 def recover(config, device, out):
-    """A series whose coefficients are known: find them three ways, then find *which* lags there are."""
+    """A series whose weights are known: find them three ways, then find out *which* lags there are -> metrics."""
     series = Series("ar", ["x"], ar_process(AR_TRUTH, 100_000, config.seed), list(range(100_000)), ("rows", 1), 1)
-    table = Scaler(series.values).scale(series.values)
-    results, panels = {}, {}
-    print(f"\n1. Recover x_t = {' '.join(f'{w:+} x_t-{k}' for k, w in AR_TRUTH.items())} + noise from {len(table):,} values")
-    for p, ways in ((10, ("least squares", "Yule-Walker", "AR-Net")), (100, ("least squares", "Yule-Walker", "sparse AR-Net"))):
+    table, results, panels = Scaler(series.values).scale(series.values), {}, {}
+    terms = " ".join(f"{weight:+} x[t-{lag}]" for lag, weight in AR_TRUTH.items())
+    print(f"\n1. Find the weights of x[t] = {terms} + noise in {len(table):,} values")
+    for p in (10, 100):
         true = torch.zeros(p, dtype=torch.float64)
-        true[[k - 1 for k in AR_TRUTH]] = torch.tensor(list(AR_TRUTH.values()), dtype=torch.float64)
-        found = {}
-        for way in ways:
+        true[[lag - 1 for lag in AR_TRUTH]] = torch.tensor(list(AR_TRUTH.values()), dtype=torch.float64)
+        net = ARNet(p, len(AR_TRUTH) / p if p > 10 else 1.0, centre=False)
+        net_name = "sparse AR-Net" if p > 10 else "AR-Net"
+
+        def descend():
+            train(net.to(device), table.to(device), (config.steps or 1000, 1024, 5e-3), config.seed, f"{net_name}, {p} lags")
+            return net.coefficients()
+        ways, found = {"least squares": lambda: fit_lags(table, range(1, p + 1), centre=False).weight[:, 0],
+                       "Yule-Walker": lambda: yule_walker(table, p, centre=False).weight[:, 0], net_name: descend}, {}
+        for way, find in ways.items():
             began = time.time()
-            if way == "least squares":
-                found[way] = fit_lags(table, range(1, p + 1), centre=False).weight[:, 0]
-            elif way == "Yule-Walker":
-                found[way] = yule_walker(table, p, centre=False).weight[:, 0]
-            else:
-                torch.manual_seed(config.seed)
-                net = ARNet(p, len(AR_TRUTH) / p if "sparse" in way else 1.0, centre=False).to(device)
-                train(net, table.to(device), (config.steps or 1000, 1024, 5e-3), config.seed, f"{way}, {p} lags")
-                found[way] = net.coefficients()
-            error, off = stpe(found[way], true), float((found[way] - found["least squares"]).abs().max())
-            results[f"{way}, p = {p}"] = {"stpe": error, "from_least_squares": off, "seconds": time.time() - began}
-            print(f"   {way:<14} p = {p:<4} error {error:5.1f} %   furthest from least squares {off:.4f}   {time.time() - began:6.2f} s", flush=True)
-        panels[f"{p} lags offered, {len(AR_TRUTH)} used"] = {f"{w}: error {stpe(c, true):.1f} %": c for w, c in found.items() if p == 10 or w != "Yule-Walker"}
-    kept = [k + 1 for k, w in enumerate(found["sparse AR-Net"]) if abs(w) > 0.05]
-    print(f"   of 100 lags the sparse net gives weight to {kept}; the truth is {list(AR_TRUTH)}")
+            found[way] = find()
+            off, seconds = float((found[way] - found["least squares"]).abs().max()), time.time() - began
+            results[f"{way}, p={p}"] = {"stpe": stpe(found[way], true), "from_least_squares": off, "seconds": seconds}
+            print(f"   {p:>3} lags, {way:<13} error {stpe(found[way], true):5.1f} %, at most {off:.4f} from least squares, "
+                  f"{seconds:.2f} s", flush=True)
+        if p > 10:
+            found.pop("Yule-Walker")  # hides behind least squares in the picture
+        panels[f"{p} lags offered, {len(AR_TRUTH)} used"] = {f"{w}: error {stpe(c, true):.1f} %": c for w, c in found.items()}
+    kept = [k + 1 for k, weight in enumerate(found[net_name]) if abs(weight) > 0.05]
+    print(f"   of 100 lags the sparse net uses {kept}; the truth is {list(AR_TRUTH)}")
     draw_coefficients(panels, AR_TRUTH, out / "coefficients.png")
     return {"recovery": results, "lags_found": kept}
 
@@ -1487,67 +1591,69 @@ def compete(config, series, horizons, names, device, out):
     """Climb the ladder on one series, print it, draw it -> metrics."""
     arena = Arena(series, borders(series, max(horizons)), horizons, config, device)
     rungs = arena.climb(names, out)
-    rows = summary(rungs)
-    print_ladder(rows)
+    print_ladder(summary(rungs))
     best = min(rungs, key=lambda r: r.val)
-    print(f"the validation rows choose {best.name}" + (f"; floor, the noise alone: {', '.join(f'{np.mean(arena.floor(h)):.3f} at h = {h}' for h in horizons)}"
-                                                    if series.noise else ""))
-    block, bands = min(96, max(1, arena.H // 4)), {}
-    for rung in {r.name: r for r in rungs if r.name in ("sar", "decoder", "sar+decoder") or r is best}.values():
-        try:
-            inside, width = coverage(arena.truth["test"] - rung.made["test"], arena.interval(rung, config.interval, config.level), block)
-        except UserError:
-            if config.interval == "psi":
-                continue
-            raise
+    print(f"the validation rows choose {best.name}")
+    if series.noise:
+        floors = ", ".join(f"{arena.floor(h).mean():.3f} at h = {h}" for h in horizons)
+        print(f"no forecast beats the noise alone: MSE {floors}")
+    block, bands, intervals = min(96, max(1, arena.H // 4)), {}, {}
+    for rung in {r.name: r for r in rungs if r.name in ("ar", "sar", "decoder", "sar+decoder") or r is best}.values():
+        if config.interval == "psi" and rung.name not in ("ar", "yw", "sar"):
+            continue
+        intervals[rung.name] = arena.interval(rung, config.interval, config.level)
+        inside, width = coverage(arena.truth["test"] - rung.made["test"], intervals[rung.name], block)
         bands[rung.name] = {"block": block, "coverage": inside, "width": width}
-        print(f"{config.level:.0%} interval ({config.interval}), blocks of {block} steps, {rung.name}: "
-              f"covers {' '.join(f'{c:.0%}' for c in inside)}; width {' '.join(f'{w:.2f}' for w in width)}", flush=True)
+        print(f"{config.level:.0%} interval ({config.interval}) of {rung.name}, blocks of {block} steps: covers "
+              f"{' '.join(f'{c:.0%}' for c in inside)}; width {' '.join(f'{w:.2f}' for w in width)}", flush=True)
     draw_ladder(arena, rungs, out / "ladder.png")
-    shown = best if best.name in bands else next((r for r in rungs if r.name in bands), None)
+    shown = best if best.name in intervals else next((r for r in rungs if r.name in intervals), None)
     if shown:
-        draw_windows(arena, shown, next((r for r in rungs if r.name == "snaive"), rungs[0]), arena.interval(shown, config.interval, config.level),
-                     config.level, out / "windows.png", block)
-    return {"models": rows, "chosen": best.name, "intervals": {"kind": config.interval, "level": config.level, **bands},
-            "params": best.params}
+        naive = next((r for r in rungs if r.name == "snaive"), rungs[0])
+        draw_windows(arena, shown, naive, intervals[shown.name], config.level, out / "windows.png", block)
+    return {"models": summary(rungs), "chosen": best.name, "params": best.params,
+            "intervals": {"kind": config.interval, "level": config.level, **bands}}
 
 
 def forecast(config, series, horizon, names, device, out):
-    """Test the rungs on the end of the series, take the best, fit it on all rows, write what comes next in the units of the file."""
+    """Test the rungs on the end of the series, fit the best on all rows, write what comes next in units -> metrics."""
     ends = borders(series, horizon, holdout=True)
     arena = Arena(series, ends, [horizon], config, device, most_windows=300)
     print(f"test: fitted on rows 0 to {ends[0] - 1}, chosen on the next {ends[1] - ends[0]}, scored on the last {ends[2] - ends[1]}")
     rungs = arena.climb(names)
-    rows = summary(rungs)
+    rows, best = summary(rungs), min(rungs, key=lambda r: r.val)
     print_ladder(rows)
-    best = min(rungs, key=lambda r: r.val)
-    errors = torch.cat([arena.truth[p] - best.made[p] for p in ("val", "test")])
-    conformal = residual_interval(arena.truth["val"] - best.made["val"], config.level, conformal=True)
-    inside, _ = coverage(arena.truth["test"] - best.made["test"], conformal, horizon)
     skill = next(row["skill"] for row in rows if row["name"] == best.name)
-    print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); its skill against the seasonal naive forecast is {skill:.0%}"
-          + ("" if skill > 0 else ": there is little to predict here, do not trust the details"))
+    print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); {skill:.0%} better than the seasonal "
+          + ("naive forecast" if skill > 0 else "naive forecast: there is little to predict here, do not trust the details"))
 
-    everything = Scaler(series.values)
-    table = everything.scale(series.values).to(device)
-    history = table.T[None]
+    scaler = Scaler(series.values)  # now fit on everything
+    table = scaler.scale(series.values).to(device)
+    models = [build(name, table, series.period, config, config.seed) for name in best.name.split("+")]
     with torch.no_grad():
-        made = [rollout(build(name, table, series.period, config, config.seed), history, horizon) for name in best.name.split("+")]
-    scaled = (sum(made) / len(made))[0].cpu()
-    lower, upper = residual_interval(errors, config.level, conformal=True)
-    ahead = everything.unscale(scaled)
-    below, above = (ahead + offset.numpy() * arena.scaler.std[:, None] for offset in (lower, upper))
+        ahead = scaler.unscale(sum(rollout(m, table.T[None], horizon)[0].cpu() for m in models) / len(models))
+    errors = {part: arena.truth[part] - best.made[part] for part in ("val", "test")}
+    offsets = residual_interval(torch.cat(list(errors.values())), config.level, conformal=True)
+    lower, upper = (ahead + offset.numpy() * arena.scaler.std[:, None] for offset in offsets)
+    inside = coverage(errors["test"], residual_interval(errors["val"], config.level, conformal=True), horizon)[0][0]
+    print(f"interval: {config.level:.0%}, from the errors on the last {ends[2] - ends[0]} rows; made on the first half of them, "
+          f"it covers {inside:.0%} of the second")
     dates = [advance(series.dates[-1], series.step, k + 1) for k in range(horizon)]
-    with open(out / "forecast.csv", "w", newline="", encoding="utf-8") as file:
+    write_forecast(series, dates, ahead, lower, upper, out / "forecast.csv")
+    draw_forecast(series, dates, ahead, lower, upper, best.name, config.level, out / "forecast.png")
+    return {"models": rows, "chosen": best.name, "params": best.params, "skill": skill, "coverage": inside,
+            "first": label(dates[0], series.step), "last": label(dates[-1], series.step)}
+
+
+def write_forecast(series, dates, ahead, lower, upper, path):
+    """One row a step: the date, then forecast, lower and upper bound of every column, in the units of the file."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["date", *(f"{c}{part}" for c in series.columns for part in ("", "_lower", "_upper"))])
+        writer.writerow(["date", *(name + part for name in series.columns for part in ("", "_lower", "_upper"))])
         for h, date in enumerate(dates):
-            writer.writerow([label(date, series.step), *(f"{v[c, h]:.6g}" for c in range(len(series.columns)) for v in (ahead, below, above))])
-    print(f"intervals: {config.level:.0%}, from the errors on the last {ends[2] - ends[0]} rows; made on the first half of them, they cover "
-          f"{inside[0]:.0%} of the second\nwrote {out / 'forecast.csv'}: {horizon} steps, {label(dates[0], series.step)} to {label(dates[-1], series.step)}")
-    draw_forecast(series, dates, ahead, below, above, best.name, config.level, out / "forecast.png")
-    return {"models": rows, "chosen": best.name, "params": best.params, "skill": skill, "coverage": inside[0], "first": label(dates[0], series.step),
-            "last": label(dates[-1], series.step)}
+            cells = [f"{bound[c, h]:.6g}" for c in range(len(series.columns)) for bound in (ahead, lower, upper)]
+            writer.writerow([label(date, series.step), *cells])
+    print(f"wrote {path}: {len(dates)} steps, {label(dates[0], series.step)} to {label(dates[-1], series.step)}")
 
 
 def check(config, metrics):
@@ -1562,37 +1668,29 @@ def main(argv=None):
     """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
     began = time.time()
     part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
-    validate(config)
+    if config.width % 8:
+        raise UserError(f"--width {config.width} must be a multiple of 8, the number of heads of itransformer")
+    names = parse_models(config, QUICK if part == "forecast" else list(RUNGS))
+    horizons = parse_horizons(config, {"forecast": "48", "eval": "96,192,336,720"}.get(part, "24,96,336"))
     device, _, reason = pick_device(config.device, "fp32")
     out = make_folder(config.out)
     print(f"nano_ts: {reason}")
     metrics = {"device": reason, "seed": config.seed}
+    if part == "all" and config.data == "ar":
+        metrics |= recover(config, device, out)
+        print("\n2. Climb the ladder, on a series with a season")
+        config = dataclasses.replace(config, data="seasonal")
+    series = load_series(config)
+    say(series)
     if part == "forecast":
-        (horizon,) = parse_horizons(config, "48")[-1:]
-        names = parse_models(config, CLOSED)
-        series = load_series(config)
-        say(series)
-        metrics |= forecast(config, series, horizon, names, device, out)
+        metrics |= forecast(config, series, horizons[-1], names, device, out)
     elif part == "train":
-        names = [n for n in parse_models(config, list(RECIPES)) if n in RECIPES]
-        series = load_series(config)
-        say(series)
         arena = Arena(series, borders(series, 1), [1], config, device)
-        metrics["params"] = sum(r.params for r in arena.climb(names, out))
-    elif part == "eval":
-        series = load_series(config)
-        say(series)
-        metrics |= compete(config, series, parse_horizons(config, "96,192,336,720"), parse_models(config, list(RUNGS)), device, out)
+        metrics["params"] = sum(r.params for r in arena.climb([n for n in names if n in RECIPES], out))
     else:
-        if config.data == "ar":
-            metrics |= recover(config, device, out)
-            config = dataclasses.replace(config, data="seasonal")
-        series = load_series(config)
-        print("\n2. Climb the ladder")
-        say(series)
-        metrics |= compete(config, series, parse_horizons(config, "24,96,336"), parse_models(config, list(RUNGS)), device, out)
+        metrics |= compete(config, series, horizons, names, device, out)
     metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1, default=float) + "\n", encoding="utf-8")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
     print(f"total {metrics['seconds']:.0f} s, peak memory {metrics['peak_memory_mb']:.0f} MB")
     check(config, metrics)
     return metrics
