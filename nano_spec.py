@@ -36,6 +36,7 @@ Read in this order: `select`, `speculate`, `ChainDraft`, `Replay` and `cases`; t
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import gzip
@@ -45,17 +46,22 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import types
 import urllib.request
+import zipfile
+import zlib
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tqdm
 
 import kernels
 
@@ -81,8 +87,7 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv, parts, presets, description):
     """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=["all", *parts],
-                        help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
@@ -90,7 +95,9 @@ def parse_config(cls, argv, parts, presets, description):
         parser.add_argument(flags[field.name], default=field.default, help=field.metadata["help"] + " [%(default)s]", **kind)
     parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     args = vars(parser.parse_args(argv))
-    part = args.pop("part")
+    part = args.pop("part") or "all"
+    if part not in ("all", *parts):
+        raise UserError(f"there is no part {part!r}, only {', '.join(parts)} (--help explains)")
     for field in dataclasses.fields(cls):
         low, high, value = field.metadata["low"], field.metadata["high"], args[field.name]
         if (low is not None and not value >= low) or (high is not None and not value <= high):  # "not >=": NaN fails too
@@ -133,7 +140,7 @@ class Config:
     task: str = opt("text", "text: bytes; image: 4x4-patch tokens of 32x32 images, one class token in front", choices=("text", "image"), fixed=True)
     data: str = opt("", "text: pydoc, shakespeare or a UTF-8 file; image: glyphs, mnist, fashion-mnist, or a path (IDX, .npz, folder); "
                         "default: the first of each", fixed=True)
-    out: str = opt("out/spec", "folder for checkpoints, pictures and metrics.json (an image run adds /image)")
+    out: str = opt("out/spec", "folder for checkpoints, pictures and metrics.json")
     preset: str = opt("cpu", "cpu: five minutes on two cores; gpu: a wider target and a longer run", choices=("cpu", "gpu"))
     seed: int = opt(0, "seed of the data, the models and the samples", low=0, fixed=True)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -170,8 +177,11 @@ class Config:
 
 PARTS = {"train": "only train", "sample": "write a text, or draw images", "verify": "the proof by enumeration, and the mutants",
          "bench": "acceptance, tau and time of every method"}
-PRESETS = {"cpu": {}, "gpu": dict(dim=512, depth=24, heads=8, draft_dim=256, steps=4000, draft_steps=4000, head_steps=1000, batch=64, lr=0.01,
-                                  lr_adam=0.002, block=512, new=384, samples=5000)}
+PRESETS = {"text": {"cpu": {}, "gpu": dict(dim=512, depth=24, heads=8, draft_dim=256, steps=4000, draft_steps=4000, head_steps=1000, batch=64, lr=0.01,
+                                           lr_adam=0.002, block=512, new=384)},
+           "image": {"cpu": dict(out="out/spec/image", dim=128, depth=4, heads=4, steps=400, draft_steps=200),
+                     "gpu": dict(out="out/spec/image", dim=384, depth=12, heads=6, steps=4000, draft_steps=2000, batch=64, lr=0.01, lr_adam=0.002,
+                                 samples=5000)}}
 BAND = {"text": dict(best_speedup=1.3, best_tau=2.5), "image": dict(calls_saved_exact=1.3)}  # what --check asks for
 
 
@@ -489,7 +499,7 @@ class Block(nn.Module):
     def forward(self, x, rope, kv=None, slots=None, mask=None):
         qkv = self.qkv(norm(x)).unflatten(-1, (3, self.heads, -1)).transpose(1, 3)  # (B, H, 3, T, D)
         qk = norm(qkv[:, :, :2])
-        qk = qk * rope[0] + qk.roll(qk.shape[-1] // 2, -1) * rope[1]
+        qk = (qk * rope[0] + qk.roll(qk.shape[-1] // 2, -1) * rope[1]).to(qkv.dtype)
         y = self.attend(qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2], kv, slots, mask)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
@@ -537,12 +547,12 @@ class Medusa(nn.Module):
 
     def forward(self, x):
         """x [..., C] -> [k, ..., C]"""
-        return torch.stack([x + F.silu(layer(norm(x))) for layer in self.layers])
+        return torch.stack([norm(x) + F.silu(layer(norm(x))) for layer in self.layers])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The idea, 1: randomness, laws, and how one token is selected
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class Rng:
@@ -628,7 +638,7 @@ def select(p, q, proposals, rng, replace=True, relax=exact):
 def kseq_factor(p, q, k):
     """The smallest rho in [1, k] with 1 - (1 - beta(rho))^k <= rho beta(rho), beta = sum_x min(q, p / rho), by bisection."""
     low, high = 1.0, float(k)
-    for _ in range(50 if k > 1 else 0):
+    for _ in range(25 if k > 1 else 0):  # `high` is valid at every step, so that the number of steps costs nothing but acceptance
         rho = (low + high) / 2
         beta = float(torch.minimum(q, p / rho).sum())
         low, high = (low, rho) if 1 - (1 - beta) ** k <= rho * beta else (rho, high)
@@ -677,9 +687,9 @@ def lantern(p, q, x, near, delta=0.1):
     return at(law, x) / at(q, x), law
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The idea, 2: one loop for every method
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # A *path* is the tuple of tokens drafted after the text so far; () is the text itself. A drafter proposes a tree {path: (q, proposals)}: at
 # this path, these tokens, drawn from this law. A chain is a tree with one proposal per path. Sorted paths are the tree in depth-first
 # pre-order, so that a subtree is a run of rows and the attention mask is one integer per column (kernels.tree).
@@ -730,6 +740,8 @@ def speculate(target, drafter, prompt, rng, n, gamma=4, select=select, stop=None
     By induction over the path: the token selected at a path has law p[path] whatever was proposed there, and the proposals further down
     were drawn without looking at that choice. At temperature 0 the laws are one-hot and the output *is* the greedy one.
     """
+    if getattr(drafter, "vocab", target.vocab) != target.vocab:
+        raise UserError(f"the drafter speaks {drafter.vocab} tokens, the target {target.vocab}: both must use one tokenizer")
     out = Output(prompt, n, stop)
     while not out.done:
         base = len(out.tokens)
@@ -803,16 +815,16 @@ class Stream(Model):
         self.kv[..., first : first + len(rows), :] = self.kv[..., rows, :]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Drafters
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 class ChainDraft:
     """gamma tokens in a row from any model of the next token: a small GPT, the first layers of the target, or one of the models below."""
 
     def __init__(self, model):
-        self.model = model
+        self.model, self.vocab = model, model.vocab
 
     def propose(self, out, gamma, rng):
         self.model.length = min(self.model.length, len(out) - 1)  # rollback; after a full acceptance the cache is one token short, and is fed two
@@ -831,7 +843,8 @@ class TreeDraft(ChainDraft):
     """A tree, level by level, widths[d] proposals per path of length d: "drawn" from q, "distinct" (without replacement), or its "top" ones."""
 
     def __init__(self, model, widths, how="distinct"):
-        self.model, self.widths, self.how = model, widths, how
+        super().__init__(model)
+        self.widths, self.how = widths, how
 
     def draw(self, q, width, rng):
         if self.how == "top":  # chosen, not drawn: a point mass each (EAGLE-2, Medusa, token recycling)
@@ -900,7 +913,7 @@ class Jacobi(Model):
     """
 
     def __init__(self, init):
-        self.init, self.memory = init, {}
+        self.init, self.memory, self.vocab = init, {}, len(init(0))
 
     def laws(self, out, paths=()):
         return {path: self.memory[n] if (n := len(out) + len(path)) in self.memory else self.init(n) for path in [(), *paths]}
@@ -913,7 +926,7 @@ class Recycle(Model):
     """Token recycling (2408.08696): what followed this token last time? Use with TreeDraft(..., "top"); every verified node teaches it."""
 
     def __init__(self, vocab):
-        self.rows = torch.full((vocab, vocab), 1.0 / vocab)
+        self.vocab, self.rows = vocab, torch.full((vocab, vocab), 1.0 / vocab)
 
     def laws(self, out, paths=()):
         return {path: self.rows[(out[-1], *path)[-1]] for path in [(), *paths]}
@@ -927,7 +940,7 @@ class Heads(Model):
     """Medusa heads (2401.10774): head j guesses the token j + 1 places after the one that the target's last hidden state led to."""
 
     def __init__(self, target, heads):
-        self.target, self.heads, self.rows, self.end = target, heads, [], 0
+        self.target, self.heads, self.vocab, self.rows, self.end = target, heads, target.vocab, [], 0
         self.blank = torch.full((target.vocab,), 1.0 / target.vocab, dtype=torch.float64)  # before the first call, and beyond the last head
 
     @torch.inference_mode()
@@ -961,7 +974,7 @@ class Lookup(Model):
 
 
 class JacobiBatch:
-    """`Jacobi` for B rows: memory (B, S, V) of laws by position, at first those of `init` (S, V)."""
+    """`Jacobi` for B rows: memory (B, S, V) of laws by position, at first those of `init` (S, V). With gamma = 0 it is plain decoding."""
 
     def __init__(self, init, batch):
         self.memory = init.expand(batch, -1, -1).clone()
@@ -973,19 +986,6 @@ class JacobiBatch:
     def update(self, length, p):
         where = length[:, None] + torch.arange(p.shape[1], device=length.device)
         self.memory[torch.arange(len(length))[:, None], where] = p
-
-
-class NoDraft:
-    """Plain decoding of a batch: nothing is proposed, every token is a bonus."""
-
-    def __init__(self, vocab):
-        self.vocab = vocab
-
-    def propose(self, tokens, length, gamma, rng):
-        return tokens[:, :0], torch.zeros(len(tokens), 0, self.vocab, device=tokens.device)
-
-    def update(self, length, p):
-        pass
 
 
 class ChainBatch:
@@ -1007,13 +1007,13 @@ class ChainBatch:
         pass
 
 
-def batch_laws(net, kv, tokens, slots, warp_settings):
+def batch_laws(net, kv, tokens, slots, settings):
     """Laws (B, T, V) after each of tokens (B, T), which are written to rows `slots` (B, T) of the cache."""
-    return warp(net.logits(net(tokens, slots, kv, slots)), **warp_settings)
+    return warp(net.logits(net(tokens, slots, kv, slots)), **settings)
 
 
 @torch.inference_mode()
-def speculate_batch(net, drafter, prompts, rng, n, gamma=4, relax=exact, watch=None, **warp_settings):
+def speculate_batch(net, drafter, prompts, rng, n, gamma=4, relax=exact, watch=None, **settings):
     """`speculate` with chains for B prompts (B, P) at once -> tokens (B, P + n), target calls per row (B,).
 
     Rows accept different numbers of tokens, so each has its own length; one that is done idles until all are. All decisions of a call are
@@ -1029,11 +1029,11 @@ def speculate_batch(net, drafter, prompts, rng, n, gamma=4, relax=exact, watch=N
         slots = length[:, None] - 1 + step  # the last token and the drafts after it
         draft, q = drafter.propose(tokens, length, gamma, rng)
         tokens[row[:, None], slots[:, 1:]] = draft
-        p = batch_laws(net, kv, tokens[row[:, None], slots], slots, warp_settings)
+        p = batch_laws(net, kv, tokens[row[:, None], slots], slots, settings)
         ratio, law = relax(p[:, :-1], q, draft)
         accepted = rng.bern(ratio.clamp(max=1)).long().cumprod(1).sum(1)
         if watch is not None:
-            watch.append((p[active, 0][:4], q[active, 0][:4]))
+            watch.append((p[active, 0][:4], (q if gamma else p)[active, 0][:4]))
         law, q = torch.cat([law, p[:, -1:]], 1)[row, accepted], F.pad(q, (0, 0, 0, 1))[row, accepted]  # nothing to subtract from the bonus law
         tokens[row, length + accepted] = rng.choice(residual(law, q))
         drafter.update(length, p)
@@ -1228,10 +1228,8 @@ def optimal_acceptance(p, q, n):
 
 def acceptance(p, q, n, how, select):
     """The exact probability that `select` returns one of n proposals, by enumeration of the drafting and of the selection."""
-    drafter = TreeDraft(None, (), how)
-
     def hit(rng):
-        law, proposals = drafter.draw(q, n, rng)
+        law, proposals = TreeDraft(Table(len(q)), (), how).draw(q, n, rng)
         return select(p, law, proposals, rng) in proposals
     return law_of(hit)[True]
 
@@ -1251,7 +1249,7 @@ def multi_draft_table(pairs=20, vocab=5):
 
 def selected_law(p, q, relax):
     """-> law of the emitted token [V] and acceptance, for one token drafted from q and selected under `relax`, in closed form."""
-    every = torch.arange(len(p))
+    every = torch.arange(len(p), device=p.device)
     ratio, law = relax(p.expand(len(p), -1), q.expand(len(p), -1), every)
     drafted = torch.where(q > 0, q * ratio.nan_to_num(0).clamp(max=1), 0)
     rest = (q - drafted)[:, None] * residual(law, q.expand(len(p), -1))
@@ -1499,7 +1497,7 @@ def train(config, models, data, device, dtype, out):
     state = {"config": dataclasses.asdict(config), "codebook": data.codebook, "stage": 0, "step": 0, "nats": {}, "seconds": 0.0}
     if config.resume:
         state |= load_checkpoint(out / "last.pt")
-        models.load_state_dict(state["models"])
+        models.load_state_dict(state["model"])
     began = time.time() - state["seconds"]
     with Interrupt() as stop:
         for number, (stage, steps) in enumerate(stages.items()):
@@ -1526,13 +1524,13 @@ def train(config, models, data, device, dtype, out):
                 bar.update(loss=loss.item())
                 if state["step"] % 200 == 0 or stop.asked:
                     state["seconds"] = time.time() - began
-                    save_checkpoint(out / "last.pt", state | {"models": models.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+                    save_checkpoint(out / "last.pt", state | {"model": models.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
                 if stop.asked:
                     raise KeyboardInterrupt(f"{stage}, step {state['step']} is saved; go on with the same command and --resume")
             if stage != "medusa":
                 state["nats"][stage] = test_nats(models[stage], data, config, device)
             state |= {"stage": number + 1, "step": 0}
-    state |= {"models": models.state_dict(), "seconds": time.time() - began}
+    state |= {"model": models.state_dict(), "seconds": time.time() - began}
     save_checkpoint(out / "last.pt", state)
     save_checkpoint(out / "best.pt", state)
     return state
@@ -1542,29 +1540,29 @@ def train(config, models, data, device, dtype, out):
 # evaluation: text
 # ---------------------------------------------------------------------------------------------------------------------
 
-GAMMAS = (1, 2, 3, 4, 6, 8)
+
+def warp_settings(config):
+    return dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
 
 
-def drafters(config, models, data, warp_settings, size):
-    """name -> (target -> drafter, select, law kept?). Counts and memories are shared by all runs, caches are new in each."""
+def drafters(config, models, data, size):
+    """name -> (target -> drafter, select, the case that proves it). Counts and memories are shared by all runs, caches are new in each."""
     ngram, recycle = NGram(data.answers, data.train), Recycle(data.answers)
     unigram = torch.bincount(data.train, minlength=data.answers).add(1).float()
-    unigram /= unigram.sum()
-    draft = lambda: Stream(models["draft"], size, **warp_settings)
-    distinct, lenient = functools.partial(select, replace=False), functools.partial(select, relax=lenience)
+    stream = lambda net, depth=None: Stream(net, size, depth, **warp_settings(config))
     wide = lambda *first: (*first, *[1] * 8)
     return {
-        "draft GPT": (lambda t: ChainDraft(draft()), select, True),
-        "draft GPT, tree of 2": (lambda t: TreeDraft(draft(), wide(2)), distinct, True),
-        "draft GPT, K-SEQ of 2": (lambda t: TreeDraft(draft(), wide(2), "drawn"), select_kseq, True),
-        "first layers (self)": (lambda t: ChainDraft(Stream(t.net, size, config.exit, **warp_settings)), select, True),
-        "Medusa heads": (lambda t: ChainDraft(Heads(t, models["medusa"])), select, True),
-        "n-gram": (lambda t: ChainDraft(ngram), select, True),
-        "n-gram, top tree": (lambda t: TreeDraft(ngram, wide(3, 2), "top"), select, True),
-        "prompt lookup": (lambda t: Lookup(), select, True),
-        "token recycling": (lambda t: TreeDraft(recycle, wide(3, 2), "top"), select, True),
-        "Jacobi (SJD)": (lambda t: ChainDraft(Jacobi(lambda n: unigram)), select, True),
-        "n-gram, lenience 0.5": (lambda t: ChainDraft(ngram), lenient, False),
+        "draft GPT": (lambda t: ChainDraft(stream(models["draft"])), select, "GPT: chain"),
+        "draft GPT, tree": (lambda t: TreeDraft(stream(models["draft"]), wide(2)), functools.partial(select, replace=False), "GPT: tree, distinct"),
+        "draft GPT, K-SEQ": (lambda t: TreeDraft(stream(models["draft"]), wide(2), "drawn"), select_kseq, "K-SEQ"),
+        "first layers": (lambda t: ChainDraft(stream(t.net, config.exit)), select, "GPT: self-exit"),
+        "Medusa heads": (lambda t: ChainDraft(Heads(t, models["medusa"])), select, "GPT: heads"),
+        "n-gram": (lambda t: ChainDraft(ngram), select, "n-gram"),
+        "n-gram, top tree": (lambda t: TreeDraft(ngram, wide(3, 2), "top"), select, "n-gram, top tree"),
+        "prompt lookup": (lambda t: Lookup(), select, "prompt lookup"),
+        "token recycling": (lambda t: TreeDraft(recycle, wide(3, 2), "top"), select, "token recycling"),
+        "Jacobi (SJD)": (lambda t: ChainDraft(Jacobi(lambda n: unigram / unigram.sum())), select, "Jacobi (SJD)"),
+        "n-gram, lenience": (lambda t: ChainDraft(ngram), functools.partial(select, relax=lenience), None),
     }
 
 
@@ -1580,152 +1578,238 @@ def watched(select, log):
 
 
 def seconds_of(function, repeats=15):
-    """Minimum wall-clock of function() after one call to warm up: what the machine can do when nobody disturbs it."""
+    """Median wall-clock of function() after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return statistics.median(times[1:])
 
 
-def cost_table(target, text, rows=(1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25)):
+def cost_table(target, text, rows=(1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25, 49)):
     """Seconds of one target call on k new tokens behind a cached text: the t(k) of every prediction."""
     def call(k):
         target.length = len(text) - 1
-        target.laws(text, [tuple(range(1, j + 1)) for j in range(1, k)])
+        target.laws(text, [(0,) * j for j in range(1, k)])
     target.length = 0
     target.laws(text)
     return {k: seconds_of(lambda: call(k)) for k in rows}
 
 
+def explain(row, make, choose, target, prompt, text, costs, config):
+    """Add to a row what does not come from its timing: alpha, and the speed-up that tau and separately measured costs predict.
+
+    speed-up = tau t(1) / (t_draft(gamma) + t(rows)): tokens per call over the price of a call, both in units of plain decoding.
+    """
+    drafter, log, gamma, target.length = make(target), [], row["gamma"], 0
+    speculate(target, drafter, prompt, Rng(99), config.new, gamma, watched(choose, log))
+    nodes = {path + (x,) for path, (_, xs) in drafter.propose(text, gamma, Rng(0)).items() for x in xs}
+    drafting = seconds_of(lambda: drafter.propose(text, gamma, Rng(0)), 9)
+    checking = float(np.interp(1 + len(nodes), list(costs), list(costs.values())))
+    alpha = statistics.fmean([closed for _, _, closed, _ in log] or [0.0])
+    row |= {"alpha": alpha, "accepted": statistics.fmean([hit for *_, hit in log] or [0.0]), "draft_cost": drafting / gamma / costs[1],
+            "tau_if_iid": sum(alpha ** i for i in range(gamma + 1)), "predicted_speedup": row["tau"] * costs[1] / (drafting + checking)}
+    if not row["exact"]:
+        row["tv"] = price(*zip(*[(p, q) for p, q, *_ in log[:40]]), lenience)[0]
+
+
 def bench_text(config, models, data, tv):
-    """Every method at every gamma beside plain decoding, all in turn in this process -> rows for metrics.json, cost table."""
-    settings = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+    """Every method at gamma 1 .. 8 beside plain decoding, all in turn in this process -> rows for metrics.json, cost table."""
     size = 32 + config.new + 64
-    target = Stream(models["target"], size, **settings)
-    every = len(data.test) // config.prompts
+    target, every = Stream(models["target"], size, **warp_settings(config)), len(data.test) // config.prompts
     prompts = [data.test[i * every:i * every + 32].tolist() for i in range(config.prompts)]
-    methods, rows = drafters(config, models, data, settings, size), []
-    text = data.test[: 32 + config.new // 2].tolist()
-    costs = cost_table(target, text)
-    bar = Progress(len(GAMMAS), "bench", unit="gamma")
-    for gamma in GAMMAS:
-        times, tokens, calls = {name: [] for name in ("plain", *methods)}, dict.fromkeys(methods, 0), dict.fromkeys(methods, 0)
+    text, methods, rows, gammas = data.test[:32 + config.new // 2].tolist(), drafters(config, models, data, size), [], (1, 2, 3, 4, 6, 8)
+    costs, bar = cost_table(target, text), Progress(len(gammas), "bench")
+
+    def timed(decode):
+        target.length, start = 0, time.perf_counter()
+        out = decode()
+        return time.perf_counter() - start, out
+
+    for gamma in gammas:
+        runs = {name: [] for name in ("plain", *methods)}
         for i, prompt in enumerate(prompts * config.repeats):
-            target.length = 0
-            start = time.perf_counter()
-            plain(target, prompt, Rng(i), config.new)
-            times["plain"].append((time.perf_counter() - start) / config.new)
+            runs["plain"].append(timed(lambda: plain(target, prompt, Rng(i), config.new)))
             for name, (make, choose, _) in methods.items():
-                drafter, target.length = make(target), 0
-                start = time.perf_counter()
-                out = speculate(target, drafter, prompt, Rng(i), config.new, gamma, choose)
-                times[name].append((time.perf_counter() - start) / config.new)
-                tokens[name], calls[name] = tokens[name] + config.new, calls[name] + out.calls
-        for name, (make, choose, lossless) in methods.items():
-            drafter, log, target.length = make(target), [], 0
-            speculate(target, drafter, prompts[0], Rng(99), config.new, gamma, watched(choose, log))
-            draft_seconds = seconds_of(lambda: drafter.propose(text, gamma, Rng(0)), 5)
-            nodes = {path + (x,) for path, (_, xs) in drafter.propose(text, gamma, Rng(0)).items() for x in xs}
-            target_seconds = float(np.interp(1 + len(nodes), list(costs), list(costs.values())))
-            tau, alpha = tokens[name] / calls[name], statistics.fmean([a for _, _, a, _ in log] or [0.0])
-            cost = price(*zip(*[(p, q) for p, q, _, _ in log[:20]]), lenience)[0] if not lossless else tv.get(TV_CASE.get(name))
-            rows.append({"name": name, "task": "text", "exact": lossless, "gamma": gamma, "alpha": alpha,
-                         "accepted": statistics.fmean([hit for *_, hit in log] or [0.0]), "tau": tau, "calls_per_token": 1 / tau,
-                         "speedup": statistics.median(times["plain"]) / statistics.median(times[name]),
-                         "speedup_of_minima": min(times["plain"]) / min(times[name]),
-                         "predicted_speedup": tau * costs[1] / (draft_seconds + target_seconds), "tau_if_iid": (1 - alpha ** (gamma + 1)) / (1 - alpha + 1e-9),
-                         "draft_cost": draft_seconds / gamma / costs[1], "rows": 1 + len(nodes),
-                         "ms_per_token": 1000 * statistics.median(times[name]), "ms_per_token_plain": 1000 * statistics.median(times["plain"]), "tv": cost})
+                drafter = make(target)
+                runs[name].append(timed(lambda: speculate(target, drafter, prompt, Rng(i), config.new, gamma, choose)))
+        middle, least = ({name: f(t for t, _ in r) for name, r in runs.items()} for f in (statistics.median, min))
+        for name, (make, choose, proof) in methods.items():
+            tau = config.new * len(runs[name]) / sum(out.calls for _, out in runs[name])
+            rows.append({"name": name, "task": "text", "exact": proof is not None, "gamma": gamma, "tau": tau, "calls_per_token": 1 / tau,
+                         "speedup": middle["plain"] / middle[name], "speedup_of_minima": least["plain"] / least[name],
+                         "ms_per_token": 1000 * middle[name] / config.new, "ms_per_token_plain": 1000 * middle["plain"] / config.new, "tv": tv.get(proof)})
+            explain(rows[-1], make, choose, target, prompts[0], text, costs, config)
         bar.update()
     return rows, costs
 
 
-TV_CASE = {"draft GPT": "GPT: chain", "draft GPT, tree of 2": "GPT: tree, distinct", "draft GPT, K-SEQ of 2": "K-SEQ", "first layers (self)": "GPT: self-exit",
-           "Medusa heads": "GPT: heads", "n-gram": "n-gram", "n-gram, top tree": "n-gram, top tree", "prompt lookup": "prompt lookup",
-           "token recycling": "token recycling", "Jacobi (SJD)": "Jacobi (SJD)"}  # which proof stands behind which row
+def best_rows(rows):
+    """The row of every method at the gamma that was fastest."""
+    return [max((r for r in rows if r["name"] == name), key=lambda r: r["speedup"]) for name in dict.fromkeys(r["name"] for r in rows)]
 
 
-def print_bench(rows, costs):
-    ratio = "  ".join(f"{k}: {t / costs[1]:.2f}" for k, t in costs.items())
-    print(f"target: {1000 * costs[1]:.2f} ms for one token; t(k)/t(1)  {ratio}")
-    print(f"{'method at its best gamma':26} gamma  alpha    tau  calls/token  speed-up  predicted  draft/target")
-    for name in dict.fromkeys(row["name"] for row in rows):
-        r = max((row for row in rows if row["name"] == name), key=lambda row: row["speedup"])
-        print(f"{name:26} {r['gamma']:5} {r['alpha']:6.2f} {r['tau']:6.2f} {r['calls_per_token']:12.2f} {r['speedup']:9.2f} {r['predicted_speedup']:10.2f}"
-              f" {r['draft_cost']:13.3f}{'' if r['exact'] else '   NOT exact: TV ' + format(r['tv'], '.2f') + ' per token'}")
+def print_text(rows, costs):
+    print(f"target: {1000 * costs[1]:.2f} ms for one token; k tokens at once cost, in units of that:  "
+          + "  ".join(f"{k}: {t / costs[1]:.2f}" for k, t in costs.items()))
+    print(f"{'method at its best gamma':25} gamma  alpha    tau  calls/token  speed-up (of minima)  predicted  one draft/t(1)")
+    for r in best_rows(rows):
+        print(f"{r['name']:25} {r['gamma']:5} {r['alpha']:6.2f} {r['tau']:6.2f} {r['calls_per_token']:12.2f} {r['speedup']:9.2f} {r['speedup_of_minima']:12.2f}"
+              f" {r['predicted_speedup']:10.2f} {r['draft_cost']:15.3f}" + ("" if r["exact"] else f"   NOT exact: TV {r['tv']:.2f} per token"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluation: images
 # ---------------------------------------------------------------------------------------------------------------------
 
+# --- shared: metrics
 
-def image_methods(config, models, data):
-    """name -> (batch size -> drafter, gamma, relaxation, law kept?)"""
+
+class Judge(nn.Module):
+    """A small classifier, trained on the train split; its 64 penultimate features are the space of the Fréchet distance."""
+
+    def __init__(self, classes):
+        super().__init__()
+        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+        self.body = nn.Sequential(conv(1, 16), conv(16, 32), conv(32, 64), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, images):
+        """images float (N, 32, 32) in [0, 1] -> features (N, 64), logits (N, classes)"""
+        features = self.body(images[:, None])
+        return features, self.head(features)
+
+
+def train_judge(images, labels, classes, device, seed, epochs=4):
+    """Fit the Judge to uint8 images (N, 32, 32) with random shifts of up to 2 pixels. Seconds on a CPU."""
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        torch.manual_seed(seed)
+        judge = Judge(classes).to(device).train()
+        steps = max(epochs * len(images) // 128, 100)
+        optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+        bar = Progress(steps, "classifier")
+        for _ in range(steps):
+            pick = torch.randint(len(images), (min(128, len(images)),))
+            batch = torch.roll(images[pick], tuple(torch.randint(-2, 3, (2,)).tolist()), (1, 2)).to(device).float() / 255
+            loss = F.cross_entropy(judge(batch)[1], labels[pick].to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update(loss=loss.item())
+    return judge.eval()
+
+
+@torch.no_grad()
+def judged(judge, images):
+    """uint8 (N, 32, 32) -> features float64 (N, 64), predicted classes (N,), both on the CPU"""
+    device = next(judge.parameters()).device
+    parts = [judge(part.to(device).float() / 255) for part in images.split(500)]
+    return torch.cat([f for f, _ in parts]).double().cpu(), torch.cat([z for _, z in parts]).argmax(-1).cpu()
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of two feature sets (N, D), (M, D) (Heusel et al. 2017, eq. 6).
+
+    Biased upwards by about 1/N: compare only values with the same N and the same reference.
+
+    >>> a = torch.randn(500, 3, dtype=torch.float64)
+    >>> round(float(frechet_distance(a, a + torch.tensor([3.0, 4.0, 0.0]))), 6)   # equal covariances, means 5 apart
+    25.0
+    """
+    def root(m):  # of a symmetric positive matrix; rounding may leave tiny negative eigenvalues
+        values, vectors = torch.linalg.eigh(m)
+        return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+
+    cov_a, cov_b = torch.cov(a.mT), torch.cov(b.mT)
+    half = root(cov_a)
+    cross = torch.linalg.eigvalsh(half @ cov_b @ half).clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def diversity(features, labels):
+    """Mean distance between two samples of the same class, in feature space; guidance that kills variety makes it fall."""
+    per_class = [torch.pdist(features[labels == c]).mean() for c in labels.unique() if (labels == c).sum() > 1]
+    return float(torch.stack(per_class).mean()) if per_class else float("nan")
+
+
+def image_metrics(judge, images, labels, real, real_labels):
+    """Samples (uint8) with the classes asked for, against real images -> gfd, class_accuracy, diversity (1 = as varied as real)."""
+    (features, seen), (real_features, _) = judged(judge, images), judged(judge, real)
+    return {"gfd": frechet_distance(features, real_features), "class_accuracy": float((seen == labels).double().mean()),
+            "diversity": diversity(features, labels) / diversity(real_features, real_labels)}
+
+
+def nearest_images(images, pool):
+    """For every image (N, 32, 32) the closest of the pool (M, 32, 32) in mean squared error -> indices (N,): did we memorise?"""
+    return kernels.nearest_code(images.flatten(1).float(), pool.flatten(1).float())
+
+
+# --- end shared
+
+
+def image_methods(config, models, data, device):
+    """-> {name: (batch size -> drafter, gamma, relaxation)}, position prior (S, V): how often each code stands at each position"""
     K, W = data.answers, config.window
-    uniform = torch.full((64 + 2 * W + 2, K), 1.0 / K)
-    prior = uniform.clone()  # how often each code stands at each position
-    prior[1:65] = F.one_hot(data.train[:, 1:], K).float().mean(0) * 0.99 + 0.01 / K
-    distance = torch.cdist(data.codebook, data.codebook)
-    near = distance.argsort(1)
-    device = next(models.parameters()).device
-    jacobi = lambda init: lambda batch: JacobiBatch(init.to(device), batch)
-    gsd = lambda m: functools.partial(grouped, near=near[:, :m].to(device))
-    lan = lambda delta: functools.partial(lantern, near=near[:, :17].to(device), delta=delta)
-    return {
-        "plain": (lambda batch: NoDraft(K), 0, exact, True),
-        "draft GPT": (lambda batch: ChainBatch(models["draft"], batch, 64 + 2 * W + 2), W, exact, True),
-        "SJD, uniform start": (jacobi(uniform), W, exact, True),
-        "SJD, position prior": (jacobi(prior), W, exact, True),
-        "lenience 0.5": (jacobi(prior), W, functools.partial(lenience, factor=0.5), False),
-        "lenience 0.1": (jacobi(prior), W, functools.partial(lenience, factor=0.1), False),
-        "GSD, 4 codes": (jacobi(prior), W, gsd(4), False),
-        "GSD, 16 codes": (jacobi(prior), W, gsd(16), False),
-        "LANTERN 0.1": (jacobi(prior), W, lan(0.1), False),
-        "LANTERN 0.4": (jacobi(prior), W, lan(0.4), False),
-    }, prior
+    size = 65 + 2 * W  # a window may look beyond the end
+    uniform = torch.full((size, K), 1.0 / K, device=device)
+    prior = uniform.clone()
+    prior[1:65] = (F.one_hot(data.train[:, 1:], K).float().mean(0) * 0.99 + 0.01 / K).to(device)
+    near = torch.cdist(data.codebook, data.codebook).argsort(1).to(device)
+    jacobi = lambda init: lambda batch: JacobiBatch(init, batch)
+    relaxed = {"lenience 0.5": lenience, "lenience 0.1": functools.partial(lenience, factor=0.1),
+               **{f"GSD, {m} codes": functools.partial(grouped, near=near[:, :m]) for m in (4, 16)},
+               **{f"LANTERN {d}": functools.partial(lantern, near=near[:, :17], delta=d) for d in (0.05, 0.2)}}
+    return {"plain": (jacobi(uniform), 0, exact),
+            "draft GPT": (lambda batch: ChainBatch(models["draft"], batch, size, **warp_settings(config)), W, exact),
+            "SJD, uniform start": (jacobi(uniform), W, exact),
+            "SJD": (jacobi(prior), W, exact),
+            **{name: (jacobi(prior), W, relax) for name, relax in relaxed.items()}}, prior
+
+
+def draw(config, models, data, method, labels, device, watch=None):
+    """Images of the classes `labels` (N,) by one of the methods -> uint8 (N, 32, 32), target calls (N,)"""
+    (make, gamma, relax), rng, found = method, Rng(config.seed, device), []
+    for part in (labels + data.answers).split(250):
+        found.append(speculate_batch(models["target"], make(len(part)), part[:, None].to(device), rng, 64, gamma, relax, watch, **warp_settings(config)))
+    tokens, calls = (torch.cat(x).cpu() for x in zip(*found))
+    return images_of(tokens[:, 1:], data.codebook), calls
 
 
 def bench_images(config, models, data, tv, device):
     """Calls, gFD and class accuracy of every method on as many samples; gFD is the mean of four quarters, with its standard error."""
     judge = train_judge(data.images.train, data.images.train_labels, data.images.classes, device, config.seed)
-    N, rows, shown = config.samples // 4 * 4, [], {}
-    labels = torch.arange(N) % data.images.classes
-    quarters = lambda images: [image_metrics(judge, x, y, data.images.test, data.images.test_labels)
-                               for x, y in zip(images.view(4, N // 4, 32, 32), labels.view(4, -1))]
-    methods, prior = image_methods(config, models, data)
-    bar = Progress(len(methods), "images", unit="method")
-    for name, (make, gamma, relax, lossless) in methods.items():
-        rng, drawn, calls, pairs, start = Rng(config.seed, device), [], [], [], time.perf_counter()
-        for part in (labels + data.answers).split(250):
-            x, n = speculate_batch(models["target"], make(len(part)), part[:, None].to(device), rng, 64, gamma, relax, pairs if gamma else None)
-            drawn, calls = [*drawn, x[:, 1:].cpu()], [*calls, n.cpu()]
-        seconds = time.perf_counter() - start
-        images, calls = images_of(torch.cat(drawn), data.codebook), torch.cat(calls).double()
+    real, labels = (data.images.test, data.images.test_labels), torch.arange(config.samples // 4 * 4) % data.images.classes
+    quarters = lambda images: [image_metrics(judge, x, y, *real) for x, y in zip(images.chunk(4), labels.chunk(4))]
+    methods, prior = image_methods(config, models, data, device)
+    rows, shown, bar = [], {}, Progress(len(methods), "images")
+    for name, method in methods.items():
+        pairs, start = [], time.perf_counter()
+        images, calls = draw(config, models, data, method, labels, device, pairs)
+        seconds, tau, lossless = (time.perf_counter() - start) / len(labels), 64 / float(calls.double().mean()), method[2] is exact
         found, shown[name] = quarters(images), images[:10]
-        gfd = torch.tensor([m["gfd"] for m in found], dtype=torch.float64)
-        p, q = (torch.cat(side)[:60].cpu() for side in zip(*pairs)) if pairs else (None, None)
-        relaxation = functools.partial(relax, **{k: v.cpu() for k, v in getattr(relax, "keywords", {}).items() if torch.is_tensor(v)}) if gamma else relax
-        rows.append({"name": name, "task": "image", "exact": lossless, "gamma": gamma, "calls_per_image": float(calls.mean()),
-                     "alpha": float(torch.minimum(p, q).sum(-1).mean()) if gamma else None, "tau": 64 / float(calls.mean()),
-                     "calls_per_token": float(calls.mean()) / 64, "gfd": float(gfd.mean()), "gfd_se": float(gfd.std() / 2),
-                     "class_accuracy": statistics.fmean(m["class_accuracy"] for m in found), "seconds_per_image": seconds / N,
-                     "speedup": rows[0]["seconds_per_image"] / (seconds / N) if rows else 1.0, "predicted_speedup": None,
-                     "tv": tv.get("batch of 2, Jacobi") if lossless else price(p, q, relaxation)[0]})
+        gfd = [m["gfd"] for m in found]
+        p, q = (torch.cat(side)[:60] for side in zip(*pairs))
+        rows.append({"name": name, "task": "image", "exact": lossless, "gamma": method[1], "alpha": float(torch.minimum(p, q).sum(-1).mean()),
+                     "tau": tau, "calls_per_token": 1 / tau, "calls_per_image": 64 / tau, "gfd": statistics.fmean(gfd), "gfd_se": statistics.stdev(gfd) / 2,
+                     "class_accuracy": statistics.fmean(m["class_accuracy"] for m in found), "ms_per_image": 1000 * seconds,
+                     "tv": tv.get("batch of 2, Jacobi") if lossless else price(p, q, method[2])[0]})
+        rows[-1]["speedup"] = rows[0]["ms_per_image"] / rows[-1]["ms_per_image"]
         bar.update()
-    floor = frechet_distance(judged(judge, data.images.train[: N // 4])[0], judged(judge, data.images.test)[0])
-    rebuilt = images_of(data.train[: N // 4, 1:], data.codebook)
-    return rows, shown, prior, {"gfd_floor": floor, "rfd": frechet_distance(judged(judge, rebuilt)[0], judged(judge, data.images.test)[0])}
+    some, test = slice(0, len(labels) // 4), judged(judge, real[0])[0]
+    levels = {"gfd_floor": data.images.train[some], "rfd": images_of(data.train[some, 1:], data.codebook)}
+    return rows, shown, prior, {name: frechet_distance(judged(judge, images)[0], test) for name, images in levels.items()}
 
 
 def print_images(rows, extra):
-    print(f"gFD floor (training images) {extra['gfd_floor']:.2f}, of the tokenizer alone {extra['rfd']:.2f}")
-    print(f"{'method':22} calls/image  saved   gFD +- s.e.   class accuracy   TV to the target per token")
+    print(f"gFD of as many training images {extra['gfd_floor']:.2f} (floor), through the tokenizer {extra['rfd']:.2f}")
+    print(f"{'method':20} calls/image  saved   gFD +- s.e.   class accuracy   ms/image in a batch   total variation to the target per token")
     for r in rows:
-        tv = "-" if r["tv"] is None else f"{r['tv']:.1e}" if r["exact"] else f"{r['tv']:.2f}  NOT exact"
-        print(f"{r['name']:22} {r['calls_per_image']:11.1f} {r['tau']:6.2f} {r['gfd']:7.2f} +- {r['gfd_se']:.2f} {r['class_accuracy']:13.3f}      {tv}")
+        tv = "0 (exact)" if r["exact"] else f"{r['tv']:.2f}  NOT exact"
+        print(f"{r['name']:20} {r['calls_per_image']:11.1f} {r['tau']:6.2f} {r['gfd']:7.2f} +- {r['gfd_se']:.2f} {r['class_accuracy']:13.3f} {r['ms_per_image']:17.1f}"
+              f"        {tv}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1734,16 +1818,14 @@ def print_images(rows, extra):
 
 # --- shared: figures
 def new_figure(width, height, rows=1, columns=1):
-    """A matplotlib figure that needs no screen, and its axes as an array (rows, columns)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    """A matplotlib figure that needs no screen (no pyplot, no state), and its axes as an array (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure, path):
     figure.savefig(path, dpi=110)
-    figure.clear()
     print(f"wrote {path}")
 
 
@@ -1760,76 +1842,101 @@ def show_images(axis, images, columns, title):
 def draw_proof(tv, caught, out):
     """proof.png: exact decoders at the level of rounding, mutants ten orders of magnitude above."""
     figure, axes = new_figure(9, 6.5)
-    axis, names = axes[0, 0], [*tv, *caught]
-    values = [max(x, 1e-17) for x in tv.values()] + [min(x, 1.0) for x in caught.values()]
-    axis.barh(names, values, left=1e-18, color=["tab:green"] * len(tv) + ["tab:red"] * len(caught), log=True)
+    axis, values = axes[0, 0], [*(max(x, 1e-17) for x in tv.values()), *(min(x, 1.0) for x in caught.values())]
+    axis.barh([*tv, *caught], values, color=["tab:green"] * len(tv) + ["tab:red"] * len(caught), log=True)
     axis.axvline(1e-12, color="black", ls=":", label="tolerance")
-    axis.set(xlim=(1e-18, 3), xlabel="total variation between the output law, by enumeration, and the true law", title="decoders (green), mutants (red)")
+    axis.set(xlim=(1e-18, 3), xlabel="total variation between the law of the output, by enumeration, and the true law",
+             title="exact decoders (green), and this file with one line edited (red)")
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize=7)
     axis.legend()
     save_figure(figure, out / "proof.png")
 
 
-def draw_bench(rows, costs, out):
+def draw_text(rows, costs, out):
     """bench.png: what a call costs, how many tokens it gives, and what comes out."""
     figure, axes = new_figure(15, 4.6, 1, 3)
     cost, tau, speed = axes[0]
     cost.plot(list(costs), [t / costs[1] for t in costs.values()], ".-")
-    cost.set(xlabel="tokens in one target call, k", ylabel="t(k) / t(1)", ylim=(0, None), title="what checking more tokens costs")
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    for i, name in enumerate(names):
-        mine = [row for row in rows if row["name"] == name]
+    cost.set(xlabel="k, tokens in one target call", ylabel="t(k) / t(1)", ylim=(0, None), title="what checking more tokens costs")
+    best = best_rows(rows)
+    for i, name in enumerate(r["name"] for r in best):
+        mine = [r for r in rows if r["name"] == name]
         tau.plot([r["gamma"] for r in mine], [r["tau"] for r in mine], ".-" if mine[0]["exact"] else ".:", color=f"C{i % 10}", label=name)
-    chain = [row for row in rows if row["name"] == names[0]]
-    tau.plot([r["gamma"] for r in chain], [r["tau_if_iid"] for r in chain], "k--", lw=1, label="(1-a^(g+1))/(1-a) of the first")
-    tau.set(xlabel="gamma", ylabel="tau, tokens per target call", title="what a call gives")
+    tau.plot([r["gamma"] for r in rows if r["name"] == best[0]["name"]], [r["tau_if_iid"] for r in rows if r["name"] == best[0]["name"]], "k--", lw=1,
+             label="draft GPT if all its alphas were equal")
+    tau.set(xlabel="gamma, drafted tokens per call", ylabel="tau, tokens per call", title="what a call gives")
     tau.legend(fontsize=6)
-    best = [max((row for row in rows if row["name"] == name), key=lambda row: row["speedup"]) for name in names]
-    labels = [f"{r['name']}, {r['gamma']}{'' if r['exact'] else ' (not exact)'}" for r in best]
-    speed.barh(labels, [r["speedup"] for r in best], color=[f"C{i % 10}" for i in range(len(best))])
+    labels = [f"{r['name']}, gamma {r['gamma']}{'' if r['exact'] else ' (not exact)'}" for r in best]
+    speed.barh(labels, [r["speedup"] for r in best], color=[f"C{i % 10}" for i in range(len(best))], alpha=0.7)
     speed.plot([r["predicted_speedup"] for r in best], labels, "kx", label="predicted from tau and costs")
     speed.axvline(1, color="gray", lw=1)
     speed.set(xlabel="times plain cached decoding", title="speed-up at the best gamma")
     speed.invert_yaxis()
-    speed.legend()
+    speed.legend(fontsize=7)
     save_figure(figure, out / "bench.png")
 
 
-def draw_trace(output, out, title, width=64):
+def draw_trace(output, out, width=64):
     """trace.png: the text, coloured by who chose each byte: the prompt, an accepted draft, or the target itself."""
     colours = ["0.85"] * output.start + [c for n in output.blocks for c in ["#b7e4b0"] * (n - 1) + ["#f4b183"]]
-    figure, axes = new_figure(9, 0.5 + 0.25 * (len(colours) / width + 1))
+    lines = -(-len(colours) // width)
+    figure, axes = new_figure(9, 0.5 + 0.25 * lines)
     for i, (token, colour) in enumerate(zip(output.tokens, colours)):
-        x, y = i % width, i // width
-        axes[0, 0].fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colour)
+        y, x = divmod(i, width)
         shown = chr(token) if 32 <= token < 127 else "\u21b5" if token == 10 else "\u00b7"
+        axes[0, 0].fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colour)
         axes[0, 0].text(x + 0.5, y + 0.5, shown.replace("$", r"\$"), family="monospace", fontsize=8, ha="center", va="center")
-    axes[0, 0].set(xlim=(0, width), ylim=(i // width + 1, 0), title=title)
+    axes[0, 0].set(xlim=(0, width), ylim=(lines, 0))
+    axes[0, 0].set_title(f"grey: prompt; green: drafted and accepted; orange: chosen by the target; {output.tau:.2f} bytes per target call", fontsize=9)
     axes[0, 0].axis("off")
     save_figure(figure, out / "trace.png")
 
 
 def draw_images(shown, rows, models, data, prior, window, out):
-    """images.png: ten samples of every method; below, of exact SJD, the number of the call that wrote each patch."""
-    figure, axes = new_figure(7, 9, 2, 1)
-    show_tiles(axes[0, 0], torch.cat(list(shown.values())), 10, "\n".join(f"row {i}: {r['name']}, {r['calls_per_image']:.0f} calls" for i, r in enumerate(rows, 1)))
-    maps, device = [], next(models.parameters()).device
+    """images.png: ten samples of every method; beside them, of exact SJD, which call wrote which patch."""
+    figure, axes = new_figure(12, 5, 1, 2)
+    show_images(axes[0, 0], torch.cat(list(shown.values())), 10, "samples; calls per image, gFD")
+    for i, r in enumerate(rows):
+        axes[0, 0].text(-3, 33 * i + 16, f"{r['name']}{'' if r['exact'] else '*'}  {r['calls_per_image']:.0f}  {r['gfd']:.0f}", ha="right", va="center", fontsize=8)
+    maps = []
     for label in range(min(10, data.images.classes)):
         target = Stream(models["target"], 66 + window)
-        one = speculate(target, ChainDraft(Jacobi(lambda n: prior[n])), [data.answers + label], Rng(label), 64, window)
+        one = speculate(target, ChainDraft(Jacobi(lambda n: prior[n].cpu())), [data.answers + label], Rng(label), 64, window)
         call = torch.tensor([i for i, n in enumerate(one.blocks) for _ in range(n)]).view(8, 8)
-        image = images_of(torch.tensor(one.tokens[1:])[None], data.codebook)[0]
-        maps.append(np.vstack([image.numpy() / 255, np.kron(call / max(1, call.max()), np.ones((4, 4)))]))
-    axes[1, 0].imshow(np.hstack(maps), cmap="viridis")
-    axes[1, 0].set_title("exact SJD: samples, and which call wrote which patch (dark first; equal colour = one call)", fontsize=9)
-    axes[1, 0].axis("off")
+        image = images_of(torch.tensor(one.tokens[1:])[None], data.codebook)[0].numpy()[..., None] / 255
+        tint = np.array([[0.25, 0.45, 0.8], [0.95, 0.6, 0.2]])[np.kron(call % 2, np.ones((4, 4), int))]
+        maps.append(np.maximum(image, tint * 0.6))
+    grid = np.ones((2 * 33, 5 * 33, 3))
+    for i, picture in enumerate(maps):
+        grid[i // 5 * 33:i // 5 * 33 + 32, i % 5 * 33:i % 5 * 33 + 32] = picture
+    axes[0, 1].imshow(grid, interpolation="nearest")
+    axes[0, 1].set_title("exact SJD: patches of one call have one colour, calls alternate", fontsize=9)
+    axes[0, 1].axis("off")
     save_figure(figure, out / "images.png")
+
+
+def sample(config, models, data, device, out):
+    """Text: go on from a prompt with the exact chain of the draft, print it and colour it. Images: a page by exact SJD."""
+    if data.images is not None:
+        labels = torch.arange(100) % data.images.classes
+        images, calls = draw(config, models, data, image_methods(config, models, data, device)[0]["SJD"], labels, device)
+        figure, axes = new_figure(5, 5.3)
+        show_images(axes[0, 0], images, 10, f"exact SJD: {calls.double().mean():.1f} calls per image instead of 64")
+        return save_figure(figure, out / "samples.png")
+    prompt = list(config.prompt.encode()) or data.test[:32].tolist()
+    size = len(prompt) + config.new + config.gamma + 1
+    if size > len(models["target"].cos):
+        raise UserError(f"a prompt of {len(prompt)} bytes and --new {config.new} exceed the {len(models['target'].cos)} positions of the model")
+    stream = lambda name: Stream(models[name], size, **warp_settings(config))
+    output = speculate(stream("target"), ChainDraft(stream("draft")), prompt, Rng(config.seed), config.new, config.gamma)
+    print(bytes(output.tokens).decode("utf-8", "replace"))
+    draw_trace(output, out)
 
 
 def check(config, metrics):
     """--check: exit with code 1 when a metric misses its band."""
-    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in BAND[config.task].items() if name in metrics and metrics[name] < least]
+    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in BAND[config.task].items() if metrics[name] < least]
     if config.check and missed:
         raise SystemExit(f"nano_spec: check failed: {'; '.join(missed)}")
 
@@ -1837,70 +1944,6 @@ def check(config, metrics):
 # ---------------------------------------------------------------------------------------------------------------------
 # main
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def sample(config, models, data, device, out):
-    """Write with the exact chain of the draft (images: exact SJD), print the text and colour it."""
-    settings = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
-    if data.images is not None:
-        methods, _ = image_methods(config, models, data)
-        labels = torch.arange(100) // 10 % data.images.classes + data.answers
-        make, gamma, relax, _ = methods["SJD, position prior"]
-        x, calls = speculate_batch(models["target"], make(100), labels[:, None].to(device), Rng(config.seed, device), 64, gamma, relax, **settings)
-        figure, axes = new_figure(5, 5.3)
-        show_tiles(axes[0, 0], images_of(x[:, 1:], data.codebook), 10, f"exact SJD, {calls.double().mean():.1f} calls per image instead of 64")
-        return save_figure(figure, out / "samples.png")
-    prompt = list(config.prompt.encode()) or data.test[:32].tolist()
-    size = len(prompt) + config.new + config.gamma + 1
-    if size > len(models["target"].cos):
-        raise UserError(f"prompt of {len(prompt)} bytes and --new {config.new}: {size} exceeds the {len(models['target'].cos)} positions of the model")
-    target = Stream(models["target"], size, **settings)
-    output = speculate(target, ChainDraft(Stream(models["draft"], size, **settings)), prompt, Rng(config.seed), config.new, config.gamma)
-    print(bytes(output.tokens).decode("utf-8", "replace"))
-    title = f"green: proposed by the draft and accepted; orange: chosen by the target; {output.tau:.2f} bytes per target call"
-    draw_trace(output, out, title)
-
-
-def main(argv=None):
-    """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
-    began = time.time()
-    part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
-    if config.dim % (4 * config.heads) or config.draft_dim % (4 * config.heads):
-        raise UserError(f"--dim {config.dim}, --draft-dim {config.draft_dim}: must be multiples of 4 times --heads {config.heads}")
-    if config.task == "image" and config.out == "out/spec":
-        config = dataclasses.replace(config, out="out/spec/image")
-    device, dtype, reason = pick_device(config.device, "auto" if torch.cuda.is_available() else "fp32")
-    out, saved = make_folder(config.out), None
-    metrics = {"device": reason, "seed": config.seed}
-    if part in ("all", "verify"):
-        metrics["proof"] = verify(out)
-    if part == "verify":
-        return metrics
-    if config.resume or part in ("sample", "bench"):
-        where = out / ("last.pt" if config.resume else "best.pt")
-        saved = load_checkpoint(where)
-        config = adopt(config, saved["config"], where, PRESETS[config.preset])
-    torch.manual_seed(config.seed)
-    data = load_data(config, saved and saved["codebook"])
-    models = make_models(config, data, device)
-    params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    print(f"nano_spec: {reason}\n{config.task} {data.name}; target {config.depth} layers of {config.dim}, {params['target'] / 1e6:.2f} M parameters; "
-          f"draft 1 layer of {config.draft_dim}, {params['draft'] / 1e6:.2f} M", flush=True)
-    if part in ("all", "train"):
-        saved = train(config, models, data, device, dtype, out)
-        print(f"test nats per token: target {saved['nats']['target']:.3f}, draft {saved['nats']['draft']:.3f}; {saved['seconds']:.0f} s")
-        metrics |= {"params": params, "nats_per_token": saved["nats"], "train_seconds": saved["seconds"]}
-    models.load_state_dict(saved["models"])
-    models.requires_grad_(False).eval()
-    if part in ("all", "sample"):
-        sample(config, models, data, device, out)
-    if part in ("all", "bench"):
-        metrics |= bench(config, models, data, device, metrics.get("proof", {}).get("tv", {}), out)
-        metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        print(f"total {metrics['seconds']:.0f} s, peak memory {metrics['peak_memory_mb']:.0f} MB")
-        check(config, metrics)
-    return metrics
 
 
 def bench(config, models, data, device, tv, out):
@@ -1916,13 +1959,58 @@ def bench(config, models, data, device, tv, out):
         rows, costs = bench_text(config, models, data, tv)
     finally:
         torch.set_num_threads(threads)
-    print_bench(rows, costs)
-    draw_bench(rows, costs, out)
+    print_text(rows, costs)
+    draw_text(rows, costs, out)
     best = max((r for r in rows if r["exact"]), key=lambda r: r["speedup"])
     print(f"best exact method: {best['name']}, gamma {best['gamma']}: {best['speedup']:.2f} times plain decoding (predicted {best['predicted_speedup']:.2f}), "
-          f"tau {best['tau']:.2f}; {1000 / best['ms_per_token']:.0f} tokens/s")
+          f"tau {best['tau']:.2f}, {1000 / best['ms_per_token']:.0f} tokens/s")
     return {"methods": rows, "costs": {str(k): t for k, t in costs.items()}, "best_speedup": best["speedup"], "best_predicted": best["predicted_speedup"],
             "best_tau": best["tau"], "tokens_per_second": 1000 / best["ms_per_token"]}
+
+
+def main(argv=None):
+    """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
+    began, peek = time.time(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--task")
+    presets = PRESETS.get(peek.parse_known_args(argv)[0].task, PRESETS["text"])  # each task has its own defaults
+    part, config = parse_config(Config, argv, PARTS, presets, __doc__)
+    if config.dim % (4 * config.heads) or config.draft_dim % (4 * config.heads):
+        raise UserError(f"--dim {config.dim}, --draft-dim {config.draft_dim}: must be multiples of 4 times --heads {config.heads}")
+    if config.task == "text" and 32 + config.new > 2 * config.block:
+        raise UserError(f"--new {config.new}: at most {2 * config.block - 32} with --block {config.block}")
+    thin = config.dim < 128 and not torch.cuda.is_available()  # then converting to bf16 costs more than it brings
+    device, dtype, reason = pick_device(config.device, "fp32" if thin else "auto")
+    keep_freed_memory()
+    out, saved, metrics = make_folder(config.out), None, {"device": reason, "seed": config.seed}
+    if part in ("all", "verify"):
+        metrics["proof"] = verify(out)
+    if part == "verify":
+        return metrics
+    if config.resume or part in ("sample", "bench"):
+        where = out / ("last.pt" if config.resume else "best.pt")
+        saved = load_checkpoint(where)
+        config = adopt(config, saved["config"], where, presets[config.preset])
+    torch.manual_seed(config.seed)
+    data = load_data(config, saved and saved["codebook"])
+    models = make_models(config, data, device)
+    params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    print(f"nano_spec: {reason}\n{config.task} {data.name}; target {config.depth} layers of {config.dim}, {params['target'] / 1e6:.2f} M parameters; "
+          f"draft 1 layer of {config.draft_dim}, {params['draft'] / 1e6:.2f} M", flush=True)
+    if part in ("all", "train"):
+        saved = train(config, models, data, device, dtype, out)
+        print(f"test nats per token: target {saved['nats']['target']:.3f}, draft {saved['nats']['draft']:.3f}; trained in {saved['seconds']:.0f} s")
+    metrics |= {"params": params, "nats_per_token": saved["nats"], "train_seconds": saved["seconds"]}
+    models.load_state_dict(saved["model"])
+    models.requires_grad_(False).eval()
+    if part in ("all", "sample"):
+        sample(config, models, data, device, out)
+    if part in ("all", "bench"):
+        metrics |= bench(config, models, data, device, metrics.get("proof", {}).get("tv", {}), out)
+        metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        print(f"total {metrics['seconds']:.0f} s, peak memory {metrics['peak_memory_mb']:.0f} MB")
+        check(config, metrics)
+    return metrics
 
 
 if __name__ == "__main__":
