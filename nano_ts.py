@@ -14,9 +14,9 @@ only how many steps one call emits (S) and how it reads the history:
     S = 96   ridge, DLinear, iTransformer, segment decoder          a GPT whose tokens are days
 
 Papers   AR and Yule-Walker (Yule 1927; Levinson 1946; Box & Jenkins 1970). AR-Net (Triebe et al. 2019,
-         arXiv:1911.12436). DLinear (Zeng et al. 2023, arXiv:2205.13504), RLinear (Li et al. 2023, arXiv:2305.10721); all
-         linear variants are least squares in disguise (Toner & Darlow 2024, arXiv:2403.14587). iTransformer (Liu et al.
-         2024, arXiv:2310.06625; github.com/thuml/iTransformer). AutoTimes (Liu et al. 2024, arXiv:2402.02370;
+         arXiv:1911.12436). DLinear (Zeng et al. 2023, arXiv:2205.13504), RLinear (Li et al. 2023, arXiv:2305.10721);
+         all linear variants are least squares in disguise (Toner & Darlow 2024, arXiv:2403.14587). iTransformer (Liu
+         et al. 2024, arXiv:2310.06625; github.com/thuml/iTransformer). AutoTimes (Liu et al. 2024, arXiv:2402.02370;
          github.com/thuml/AutoTimes).
 
 Commands                                               two CPU cores   expect
@@ -27,8 +27,8 @@ Commands                                               two CPU cores   expect
                                                        seconds         OUT/forecast.csv: dates, your units, bounds
     python nano_ts.py train --data etth1 --model decoder --resume      goes on with an interrupted fit
 
-A CSV is read as follows; what was assumed, dropped or filled is printed. Dates: the first column that one order of day,
-month and year reads; between day-first and month-first the more regular clock wins. Rows are sorted, rows of one time
+How a CSV is read (what was assumed, dropped or filled is printed). Dates: the first column that one order of day, month
+and year reads; between day-first and month-first the more regular clock wins. Rows are sorted, rows of one time are
 averaged, gaps become missing values, and missing values are filled with the value one season earlier (from the past
 only) and never scored. Columns of text, of a single value or more than half empty are left out and named.
 
@@ -36,8 +36,8 @@ Left out on purpose: calendar features, holidays, external regressors, moving-av
 models, quantile heads (fed back with their median, their intervals shrink with the horizon). Nets keep
 OUT/NAME-SEED/last.pt only: the learning rate ends at zero, so the last weights are the model.
 
-Read in this order: `rollout`, `LagModel`, `fit_lags`, `seasonal_lags`, `SegmentDecoder`, `score`; the rest is data and
-pictures.
+Read in this order: `rollout`, `LagModel`, `fit_lags`, `seasonal_lags`, `SegmentDecoder`, `score`, `build`; the rest is
+data, reading files and pictures.
 """
 
 import argparse
@@ -151,11 +151,11 @@ class Config:
     period: str = opt("auto", "rows in a season, as in 24; 1: none; auto: from the autocorrelation")
     model: str = opt("auto", "rungs as in sar,decoder,sar+decoder, or all; auto: forecast the quick ones, eval all")
     level: float = opt(0.8, "probability of the intervals", low=0.01, high=0.99)
-    interval: str = opt("residual", "eval: from errors on training rows (residual), on validation rows (conformal), or "
-                                    "psi-weights (psi, AR only)", choices=("residual", "conformal", "psi"))
+    interval: str = opt("residual", "eval: from errors on training rows (residual) or validation rows (conformal), "
+                                    "or from psi-weights (psi, AR only)", choices=("residual", "conformal", "psi"))
     # the rungs
-    chunk: int = opt(0, "steps per call of ridge, dlinear, itransformer, decoder; 0: four tokens of the decoder", low=0)
-    lookback: int = opt(0, "of ridge, dlinear, itransformer (0: 14 seasons; 4), and the least of the AR family", low=0)
+    chunk: int = opt(0, "steps per call of ridge, dlinear, itransformer, decoder; 0: four decoder tokens", low=0)
+    lookback: int = opt(0, "of ridge, dlinear, itransformer; least of the AR family; 0: 14 seasons (or 4)", low=0)
     order: int = opt(0, "p of ar, yw and arnet; 0: 14 seasons, or 32", low=0)
     sparsity: float = opt(1.0, "arnet: share of lags expected to matter; 1: no penalty", low=0.001, high=1)
     width: int = opt(64, "itransformer and decoder: width, a multiple of 8", low=8)
@@ -167,7 +167,7 @@ class Config:
     drop_last: int = opt(0, "score only whole batches of this many windows: the bug of many test loaders", low=0)
 
 
-PARTS = {"train": "only fit the nets of --model", "eval": "the ladder on --data", "forecast": "what comes next, in units"}
+PARTS = {"train": "only fit the nets of --model", "eval": "the ladder on --data", "forecast": "the future of a CSV"}
 PRESETS = {"cpu": {}, "gpu": dict(width=128, layers=3, seeds=3)}
 BAND = {"sar": 0.393, "decoder": 0.400, "sar+decoder": 0.387}  # --check: average test MSE on ETTh1 at most this
 
@@ -386,240 +386,6 @@ class Scaler:
         return np.asarray(forecast, dtype=np.float64) * self.std[columns, None] + self.mean[columns, None]
 
 
-# Any CSV: find the clock, find the numbers, say what was done.
-
-MISSING = {"", "nan", "na", "n/a", "#n/a", "nat", "null", "none", "-", "--", "?"}
-THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
-DAYS = ["%Y-%m-%d", "%d-%m-%Y", "%m-%d-%Y", "%d-%m-%y", "%m-%d-%y", "%Y%m%d", "%Y-%m", "%d-%b-%Y", "%b-%Y"]
-CLOCKS = ["", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p"]
-
-
-def to_number(cell, comma=False):
-    """'1,234.5' -> 1234.5; 'n/a' -> nan; 'rain' -> None. With a decimal comma: '1.234,5' -> 1234.5."""
-    cell = cell.strip()
-    if cell.lower() in MISSING:
-        return math.nan
-    if comma:
-        cell = cell.replace(".", "").replace(",", ".")
-    elif THOUSANDS.fullmatch(cell):
-        cell = cell.replace(",", "")
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else math.nan
-
-
-def to_numbers(cells):
-    """A column of text -> numbers, NaN where missing, None where the cell is no number. The decimal comma is
-    noticed."""
-    cells = [c.strip() for c in cells]
-    commas = sum(bool(re.fullmatch(r"[-+]?[\d.]*\d,\d+", c)) and not THOUSANDS.fullmatch(c) for c in cells)
-    points = sum(bool(re.fullmatch(r"[-+]?[\d,]*\d\.\d+", c)) for c in cells)
-    return [to_number(c, comma=commas > points) for c in cells]
-
-
-def tidy_date(cell):
-    """One spelling for separators, no fractions of a second, no time zone: '1/2/2021T03:04:00.5Z' -> '1-2-2021
-    03:04:00'."""
-    day, clock = re.fullmatch(r"(.*?)[T,\s]*(\d{1,2}:\d\d.*)?", cell.strip(), re.DOTALL).groups()
-    clock = re.sub(r"(\.\d+)?\s*(Z|UTC|[+-]\d\d:?\d\d)?$", "", clock or "")
-    return re.sub(r"[/.,\s]+", "-", day) + (" " + clock if clock else "")
-
-
-def to_dates(cells):
-    """A column of text -> (datetimes with None where a cell is no date, the order that reads it), or (None,
-    "").
-
-    '03/04/2021' may be March or April. Of the orders that read the column, the one with the most regular clock
-    wins: daily rows settle it, and on a tie (twelve first-of-month rows) day-first does, as listed in DAYS.
-    """
-    def read(cell, order):
-        with contextlib.suppress(ValueError):
-            return datetime.strptime(cell, order)
-    cells, best = [tidy_date(c) for c in cells], (None, "", -1.0)
-    for order in (day + clock for day in DAYS for clock in CLOCKS):
-        if sum(read(c, order) is not None for c in cells[:100]) < 0.6 * len(cells[:100]):
-            continue
-        dates = [read(c, order) for c in cells]
-        known = sorted({d for d in dates if d})
-        steps = Counter(b - a for a, b in zip(known, known[1:]))
-        regular = (max(steps.values(), default=0) + 1) / len(cells)  # an order that reads fewer cells loses too
-        if len(known) > 0.6 * len(set(cells)) and regular > best[2]:
-            best = (dates, order, regular)
-    return best[:2]
-
-
-def find_step(dates):
-    """Sorted distinct dates or integers -> (unit, count). Months and weekdays have no fixed length and get
-    units of their own."""
-    deltas = Counter(b - a for a, b in zip(dates, dates[1:]))
-    usual = max(deltas, key=lambda d: (deltas[d], -d.total_seconds() if isinstance(d, timedelta) else -d))
-    if not isinstance(dates[0], datetime):
-        return "rows", usual
-    day = timedelta(days=1)
-    if usual >= 28 * day:
-        months = round(usual / day / 30.44)
-        if all((d + day).day == 1 for d in dates):
-            return "month ends", months
-        if len({d.day for d in dates}) == 1:
-            return "months", months
-    if usual == day and len(dates) > 7 and all(d.weekday() < 5 for d in dates):
-        return "weekdays", 1
-    return "seconds", usual.total_seconds()
-
-
-def advance(date, step, k):
-    """The date k steps after `date`. Example: 31 January 2023, ("month ends", 1), 1 -> 28 February 2023."""
-    unit, n = step
-    if unit == "rows":
-        return date + k * n
-    if unit == "seconds":
-        return date + timedelta(seconds=k * n)
-    if unit == "weekdays":
-        return datetime.combine(np.busday_offset(date.date(), k).item(), date.time())
-    year, month = divmod(date.year * 12 + date.month - 1 + k * n, 12)
-    last = calendar.monthrange(year, month + 1)[1]
-    return date.replace(year=year, month=month + 1, day=last if unit == "month ends" else min(date.day, last))
-
-
-def position(date, first, step):
-    """How many steps `date` lies after `first`, as a float: the inverse of `advance`."""
-    unit, n = step
-    if unit == "rows":
-        return (date - first) / n
-    if unit == "seconds":
-        return (date - first).total_seconds() / n
-    if unit == "weekdays":
-        return float(np.busday_count(first.date(), date.date()))
-    return ((date.year - first.year) * 12 + date.month - first.month) / n
-
-
-def describe(step):
-    unit, n = step
-    return str(timedelta(seconds=n)) if unit == "seconds" else f"{n} {unit}" if n > 1 else unit.removesuffix("s")
-
-
-def label(date, step):
-    """How a date is written: without the time of day where the clock ticks in whole days."""
-    in_days = isinstance(date, datetime) and (step[0] != "seconds" or step[1] % 86400 == 0)
-    return str(date).removesuffix(" 00:00:00") if in_days else str(date)
-
-
-def read_cells(path):
-    """The text of a CSV file -> (column names, rows of cells). The separator is the most frequent one in the
-    first line."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip(" ,;\t")]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text: export it as CSV (UTF-8); a spreadsheet is not a CSV") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
-    if len(lines) < 4:
-        raise UserError(f"{path} has {len(lines)} lines with content: a header and at least three rows are needed")
-    rows = list(csv.reader(lines, delimiter=max(",;\t", key=lines[0].count)))
-    names = [name.strip() or f"column {i}" for i, name in enumerate(rows[0])]
-    if any(c.strip() and to_number(c) is not None or to_dates([c])[0] for c in rows[0]):  # data already: no header
-        names = [f"column {i}" for i in range(len(names))]
-    else:
-        rows = rows[1:]
-    if len(set(names)) < len(names):
-        raise UserError(f"{path}: two columns have the same name ({Counter(names).most_common(1)[0][0]}): rename one")
-    return names, [row + [""] * (len(names) - len(row)) for row in rows]
-
-
-def find_clock(cells):
-    """{name: column of text} -> (name of the date column or None, dates or integers, note)."""
-    for name, column in cells.items():
-        numbers = all(to_number(c) is not None for c in column[:100])
-        if numbers and not all(re.fullmatch(r"(19|20)\d{6}", c.strip()) for c in column[:100]):
-            continue  # 5.8 is a measurement, not the 5th of August
-        dates, order = to_dates(column)
-        if dates:
-            note, bad = f"dates: column '{name}' read as {order}", sum(d is None for d in dates)
-            return name, dates, note + (f"; {bad} rows without a date dropped" if bad else "")
-    name, column = next(iter(cells.items()))
-    numbers = [to_number(c) for c in column]
-    if len(cells) > 1 and all(v is not None and v == v and v == int(v) for v in numbers):
-        (rise, count), = Counter(b - a for a, b in zip(numbers, numbers[1:])).most_common(1)
-        if rise > 0 and count > 0.8 * (len(numbers) - 1):
-            return name, [int(v) for v in numbers], f"dates: none; column '{name}' counts the steps"
-    return None, list(range(len(column))), "dates: none; rows are taken as equally spaced"
-
-
-def find_numbers(path, cells, target, notes):
-    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if the user
-    asked for it."""
-    found = {}
-    for name, column in cells.items():
-        numbers = to_numbers(column)
-        known = [v for v in numbers if v is not None and v == v]
-        text = sum(v is None for v in numbers)
-        problem = ("is text" if text > len(numbers) / 2 else
-                   "is more than half empty" if len(known) < len(numbers) / 2 else
-                   "never changes" if len(set(known)) == 1 else "")
-        if problem and name == target:
-            raise UserError(f"--target {target}: this column of {path} {problem}; choose another one")
-        if problem:
-            notes.append(f"left out: column '{name}' {problem}")
-            continue
-        found[name] = [math.nan if v is None else v for v in numbers]
-        if text:
-            notes.append(f"column '{name}': {text} cells are no numbers, taken as missing")
-    if target and target not in found:
-        raise UserError(f"--target {target}: {path} has no such column; it has {', '.join(found) or 'no numbers'}")
-    if not found:
-        reasons = "; ".join(notes[1:]).replace("left out: ", "")
-        raise UserError(f"{path} has no column of changing numbers: {reasons}")
-    return {target: found[target]} if target else found
-
-
-def to_clock(path, dates, table, notes):
-    """Rows in any order -> (step, dates, (T, C)) on a regular clock: sorted, rows of one time averaged, NaN in
-    the gaps."""
-    rows = [i for i, d in enumerate(dates) if d is not None]
-    if any(dates[b] < dates[a] for a, b in zip(rows, rows[1:])):
-        notes.append("rows were not in the order of time: sorted")
-    distinct = sorted({dates[i] for i in rows})
-    if len(distinct) < 3:
-        raise UserError(f"{path}: {len(distinct)} different dates; at least three are needed")
-    first, step = distinct[0], find_step(distinct)
-    where = np.array([position(dates[i], first, step) for i in rows])
-    slots = np.rint(where).astype(int)
-    off, length = np.mean(np.abs(where - slots) > 0.1), slots.max() + 1
-    if off > 0.05 or length > 4 * len(distinct):
-        raise UserError(f"{path}: no regular clock (usual step {describe(step)}; {off:.0%} of the rows lie between its "
-                        f"ticks, {len(distinct)} of {length} ticks have a row): resample it to equal steps first")
-    known = ~np.isnan(table[rows])
-    total, count = np.zeros((length, table.shape[1])), np.zeros((length, table.shape[1]))
-    np.add.at(total, slots, np.where(known, table[rows], 0))
-    np.add.at(count, slots, known)
-    grid = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    dates = [advance(first, step, k) for k in range(length)]
-    doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots)), int(np.isnan(grid).sum())
-    ends = f"from {label(dates[0], step)} to {label(dates[-1], step)}"
-    notes.append(f"clock: {length} rows, every {describe(step)}, {ends}")
-    if doubles:
-        notes.append(f"duplicates: {doubles} rows share their time with another, averaged")
-    if gaps:
-        notes.append(f"gaps: {gaps} times have no row")
-    if holes:
-        notes.append(f"missing: {holes} of {grid.size} values, filled from one season earlier and never scored")
-    return step, dates, grid
-
-
-def read_csv(path, target="", period=0):
-    """Any CSV -> Series on a regular clock, with notes on all that was assumed, dropped or filled."""
-    names, rows = read_cells(path)
-    cells = dict(zip(names, zip(*(row[: len(names)] for row in rows))))
-    clock, dates, note = find_clock(cells)
-    cells.pop(clock, None)
-    notes = [note]
-    numbers = find_numbers(path, cells, target, notes)
-    step, dates, table = to_clock(path, dates, np.array(list(numbers.values()), dtype=np.float64).T, notes)
-    return Series(path.stem, list(numbers), table, dates, step, period, notes)
-
-
 class TooShort(Exception):
     """A rung needs more rows than there are; the ladder goes on without it."""
 
@@ -639,7 +405,7 @@ def borders(series, horizon, holdout=False):
     if first < least or middle - first < horizon:
         longest = max((h for h in range(1, horizon) if holdout and n - 2 * part(h) >= least), default=0)
         advice = f"use --horizon {longest} or less" if longest else "use a shorter --horizon"
-        raise UserError(f"{series.name}: {n} rows are too few to test a horizon of {horizon}: {advice}, or give more rows")
+        raise UserError(f"{series.name}: {n} rows are too few to test a horizon of {horizon}: {advice}, or more rows")
     return first, middle, n
 
 
@@ -722,8 +488,8 @@ class Block(nn.Module):
         self.norm1, self.norm2, self.drop = nn.LayerNorm(width), nn.LayerNorm(width), nn.Dropout(dropout)
 
     def attend(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, w / heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # dropout in here would be 3x slower on a CPU
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, tokens, :)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # its own dropout is slow on CPUs
         return self.drop(self.project(y.transpose(1, 2).flatten(2)))
 
     def feed(self, x):
@@ -1187,8 +953,8 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
                 group["lr"] = rate * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = model.loss(data[batch_indices(step, batch, len(data), seed).to(table.device)], step / steps)
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of {name} is {loss.item()} at step {step}: are there extreme values in the data?"
-                                " The last good checkpoint is kept")
+                raise UserError(f"the loss of {name} is {loss.item()} at step {step}: look for extreme values "
+                                "in the data; the last good checkpoint is kept")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -1197,8 +963,8 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
             losses.append(loss.item())
             bar.update(loss=losses[-1])
             if path and (step % 100 == 0 or step == steps or stop.asked):
-                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "losses": losses, "step": step,
-                                       "optimizer": optimizer.state_dict(), "rng": rng_state()})
+                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "losses": losses,
+                                       "step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
             if stop.asked:
                 raise KeyboardInterrupt(f"step {step} of {name} is saved; go on with the same command and --resume"
                                         if path else "")
@@ -1265,9 +1031,9 @@ def build(name, table, period, config, seed=0, path=None):
         model = SegmentDecoder(token, min(28, rows // 4 // token), chunk, config.width, config.layers)
     if model.lookback == 0 or rows < 2 * (model.lookback + model.chunk):
         raise TooShort(f"needs {2 * (max(model.lookback, token) + model.chunk)} rows, has {rows}")
-    steps, batch, rate = RECIPES[name]
+    recipe = (config.steps or RECIPES[name][0], *RECIPES[name][1:])
     made_with = {key: getattr(config, key) for key in ("data", "target", "width", "layers", "sparsity")}
-    train(model.to(table.device), table, (config.steps or steps, batch, rate), seed, name, path, config.resume, made_with)
+    train(model.to(table.device), table, recipe, seed, name, path, config.resume, made_with)
     return model
 
 
@@ -1284,7 +1050,8 @@ class Rung:
 
     @property
     def params(self):
-        return sum(m.fitted if isinstance(m, LagModel) else sum(p.numel() for p in m.parameters()) for m in self.models)
+        return sum(m.fitted if isinstance(m, LagModel) else sum(p.numel() for p in m.parameters())
+                   for m in self.models)
 
     @property
     def lookback(self):
@@ -1352,7 +1119,7 @@ class Arena:
         (C, H) each."""
         if kind == "psi":
             if rung.name not in ("ar", "yw", "sar"):
-                raise UserError(f"--interval psi is for an AR fitted one step ahead (ar, yw or sar), not for {rung.name}")
+                raise UserError(f"--interval psi is for ar, yw and sar, fitted one step ahead, not for {rung.name}")
             return psi_interval(rung.models[0], self.H, level)
         if kind == "conformal":
             return residual_interval(self.truth["val"] - rung.made["val"], level, conformal=True)
@@ -1363,11 +1130,247 @@ class Arena:
         return residual_interval(truths(self.train.cpu(), starts, self.H, len(self.train)) - made, level)
 
     def floor(self, steps):
-        """Generators only: the scaled MSE at steps 1..`steps` that no forecast beats, from the psi-weights of the noise."""
+        """Generators only: the scaled MSE at steps 1..`steps` that no forecast beats: the psi-weights of the noise."""
         weights, deviation = self.series.noise
         model = LagModel(list(weights), list(weights.values()), centre=False)
         units = deviation**2 * psi_weights(model, steps).square().cumsum(0).numpy()
         return units * np.mean(self.scaler.std**-2.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# any CSV: find the clock, find the numbers, say what was done
+# ---------------------------------------------------------------------------------------------------------------------
+
+MISSING = {"", "nan", "na", "n/a", "#n/a", "nat", "null", "none", "-", "--", "?"}
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+DAYS = ["%Y-%m-%d", "%d-%m-%Y", "%m-%d-%Y", "%d-%m-%y", "%m-%d-%y", "%Y%m%d", "%Y-%m", "%d-%b-%Y", "%b-%Y"]
+CLOCKS = ["", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p"]
+
+
+def to_number(cell, comma=False):
+    """'1,234.5' -> 1234.5; 'n/a' -> nan; 'rain' -> None. With a decimal comma: '1.234,5' -> 1234.5."""
+    cell = cell.strip()
+    if cell.lower() in MISSING:
+        return math.nan
+    if comma:
+        cell = cell.replace(".", "").replace(",", ".")
+    elif THOUSANDS.fullmatch(cell):
+        cell = cell.replace(",", "")
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else math.nan
+
+
+def to_numbers(cells):
+    """A column of text -> numbers, NaN where missing, None where the cell is no number. The decimal comma is
+    noticed."""
+    cells = [c.strip() for c in cells]
+    commas = sum(bool(re.fullmatch(r"[-+]?[\d.]*\d,\d+", c)) and not THOUSANDS.fullmatch(c) for c in cells)
+    points = sum(bool(re.fullmatch(r"[-+]?[\d,]*\d\.\d+", c)) for c in cells)
+    return [to_number(c, comma=commas > points) for c in cells]
+
+
+def tidy_date(cell):
+    """One spelling for separators, no fractions of a second, no time zone: '1/2/2021T03:04:00.5Z' -> '1-2-2021
+    03:04:00'."""
+    day, clock = re.fullmatch(r"(.*?)[T,\s]*(\d{1,2}:\d\d.*)?", cell.strip(), re.DOTALL).groups()
+    clock = re.sub(r"(\.\d+)?\s*(Z|UTC|[+-]\d\d:?\d\d)?$", "", clock or "")
+    return re.sub(r"[/.,\s]+", "-", day) + (" " + clock if clock else "")
+
+
+def to_dates(cells):
+    """A column of text -> (datetimes with None where a cell is no date, the order that reads it), or (None,
+    "").
+
+    '03/04/2021' may be March or April. Of the orders that read the column, the one with the most regular clock
+    wins: daily rows settle it, and on a tie (twelve first-of-month rows) day-first does, as listed in DAYS.
+    """
+    def read(cell, order):
+        with contextlib.suppress(ValueError):
+            return datetime.strptime(cell, order)
+    cells, best = [tidy_date(c) for c in cells], (None, "", -1.0)
+    for order in (day + clock for day in DAYS for clock in CLOCKS):
+        if sum(read(c, order) is not None for c in cells[:100]) < 0.6 * len(cells[:100]):
+            continue
+        dates = [read(c, order) for c in cells]
+        known = sorted({d for d in dates if d})
+        steps = Counter(b - a for a, b in zip(known, known[1:]))
+        regular = (max(steps.values(), default=0) + 1) / len(cells)  # an order that reads fewer cells loses too
+        if len(known) > 0.6 * len(set(cells)) and regular > best[2]:
+            best = (dates, order, regular)
+    return best[:2]
+
+
+def find_step(dates):
+    """Sorted distinct dates or integers -> (unit, count). Months and weekdays have no fixed length and get
+    units of their own."""
+    deltas = Counter(b - a for a, b in zip(dates, dates[1:]))
+    usual = max(deltas, key=lambda d: (deltas[d], -d.total_seconds() if isinstance(d, timedelta) else -d))
+    if not isinstance(dates[0], datetime):
+        return "rows", usual
+    day = timedelta(days=1)
+    if usual >= 28 * day:
+        months = round(usual / day / 30.44)
+        if all((d + day).day == 1 for d in dates):
+            return "month ends", months
+        if len({d.day for d in dates}) == 1:
+            return "months", months
+    if usual == day and len(dates) > 7 and all(d.weekday() < 5 for d in dates):
+        return "weekdays", 1
+    return "seconds", usual.total_seconds()
+
+
+def advance(date, step, k):
+    """The date k steps after `date`. Example: 31 January 2023, ("month ends", 1), 1 -> 28 February 2023."""
+    unit, n = step
+    if unit == "rows":
+        return date + k * n
+    if unit == "seconds":
+        return date + timedelta(seconds=k * n)
+    if unit == "weekdays":
+        return datetime.combine(np.busday_offset(date.date(), k).item(), date.time())
+    year, month = divmod(date.year * 12 + date.month - 1 + k * n, 12)
+    last = calendar.monthrange(year, month + 1)[1]
+    return date.replace(year=year, month=month + 1, day=last if unit == "month ends" else min(date.day, last))
+
+
+def position(date, first, step):
+    """How many steps `date` lies after `first`, as a float: the inverse of `advance`."""
+    unit, n = step
+    if unit == "rows":
+        return (date - first) / n
+    if unit == "seconds":
+        return (date - first).total_seconds() / n
+    if unit == "weekdays":
+        return float(np.busday_count(first.date(), date.date()))
+    return ((date.year - first.year) * 12 + date.month - first.month) / n
+
+
+def describe(step):
+    unit, n = step
+    return str(timedelta(seconds=n)) if unit == "seconds" else f"{n} {unit}" if n > 1 else unit.removesuffix("s")
+
+
+def label(date, step):
+    """How a date is written: without the time of day where the clock ticks in whole days."""
+    in_days = isinstance(date, datetime) and (step[0] != "seconds" or step[1] % 86400 == 0)
+    return str(date).removesuffix(" 00:00:00") if in_days else str(date)
+
+
+def read_cells(path):
+    """The text of a CSV file -> (column names, rows of cells). The separator is the most frequent one in the
+    first line."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip(" ,;\t")]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text: export it as CSV (UTF-8); a spreadsheet is not a CSV") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    if len(lines) < 4:
+        raise UserError(f"{path} has {len(lines)} lines with content: a header and at least three rows are needed")
+    rows = list(csv.reader(lines, delimiter=max(",;\t", key=lines[0].count)))
+    names = [name.strip() or f"column {i}" for i, name in enumerate(rows[0])]
+    if any(c.strip() and to_number(c) is not None or to_dates([c])[0] for c in rows[0]):  # data already: no header
+        names = [f"column {i}" for i in range(len(names))]
+    else:
+        rows = rows[1:]
+    if len(set(names)) < len(names):
+        raise UserError(f"{path}: two columns have the same name ({Counter(names).most_common(1)[0][0]}): rename one")
+    return names, [row + [""] * (len(names) - len(row)) for row in rows]
+
+
+def find_clock(cells):
+    """{name: column of text} -> (name of the date column or None, dates or integers, note)."""
+    for name, column in cells.items():
+        numbers = all(to_number(c) is not None for c in column[:100])
+        if numbers and not all(re.fullmatch(r"(19|20)\d{6}", c.strip()) for c in column[:100]):
+            continue  # 5.8 is a measurement, not the 5th of August
+        dates, order = to_dates(column)
+        if dates:
+            note, bad = f"dates: column '{name}' read as {order}", sum(d is None for d in dates)
+            return name, dates, note + (f"; {bad} rows without a date dropped" if bad else "")
+    name, column = next(iter(cells.items()))
+    numbers = [to_number(c) for c in column]
+    if len(cells) > 1 and all(v is not None and v == v and v == int(v) for v in numbers):
+        (rise, count), = Counter(b - a for a, b in zip(numbers, numbers[1:])).most_common(1)
+        if rise > 0 and count > 0.8 * (len(numbers) - 1):
+            return name, [int(v) for v in numbers], f"dates: none; column '{name}' counts the steps"
+    return None, list(range(len(column))), "dates: none; rows are taken as equally spaced"
+
+
+def find_numbers(path, cells, target, notes):
+    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if the user
+    asked for it."""
+    found = {}
+    for name, column in cells.items():
+        numbers = to_numbers(column)
+        known = [v for v in numbers if v is not None and v == v]
+        text = sum(v is None for v in numbers)
+        problem = ("is text" if text > len(numbers) / 2 else
+                   "is more than half empty" if len(known) < len(numbers) / 2 else
+                   "never changes" if len(set(known)) == 1 else "")
+        if problem and name == target:
+            raise UserError(f"--target {target}: this column of {path} {problem}; choose another one")
+        if problem:
+            notes.append(f"left out: column '{name}' {problem}")
+            continue
+        found[name] = [math.nan if v is None else v for v in numbers]
+        if text:
+            notes.append(f"column '{name}': {text} cells are no numbers, taken as missing")
+    if target and target not in found:
+        raise UserError(f"--target {target}: {path} has no such column; it has {', '.join(found) or 'no numbers'}")
+    if not found:
+        reasons = "; ".join(notes[1:]).replace("left out: ", "")
+        raise UserError(f"{path} has no column of changing numbers: {reasons}")
+    return {target: found[target]} if target else found
+
+
+def to_clock(path, dates, table, notes):
+    """Rows in any order -> (step, dates, (T, C)) on a regular clock: sorted, rows of one time averaged, NaN in
+    the gaps."""
+    rows = [i for i, d in enumerate(dates) if d is not None]
+    if any(dates[b] < dates[a] for a, b in zip(rows, rows[1:])):
+        notes.append("rows were not in the order of time: sorted")
+    distinct = sorted({dates[i] for i in rows})
+    if len(distinct) < 3:
+        raise UserError(f"{path}: {len(distinct)} different dates; at least three are needed")
+    first, step = distinct[0], find_step(distinct)
+    where = np.array([position(dates[i], first, step) for i in rows])
+    slots = np.rint(where).astype(int)
+    off, length = np.mean(np.abs(where - slots) > 0.1), slots.max() + 1
+    if off > 0.05 or length > 4 * len(distinct):
+        raise UserError(f"{path}: no regular clock (usual step {describe(step)}, {off:.0%} of the rows off its ticks, "
+                        f"{len(distinct)} of {length} ticks have a row): resample it to equal steps first")
+    known = ~np.isnan(table[rows])
+    total, count = np.zeros((length, table.shape[1])), np.zeros((length, table.shape[1]))
+    np.add.at(total, slots, np.where(known, table[rows], 0))
+    np.add.at(count, slots, known)
+    grid = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    dates = [advance(first, step, k) for k in range(length)]
+    doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots)), int(np.isnan(grid).sum())
+    ends = f"from {label(dates[0], step)} to {label(dates[-1], step)}"
+    notes.append(f"clock: {length} rows, every {describe(step)}, {ends}")
+    if doubles:
+        notes.append(f"duplicates: {doubles} rows share their time with another, averaged")
+    if gaps:
+        notes.append(f"gaps: {gaps} times have no row")
+    if holes:
+        notes.append(f"missing: {holes} of {grid.size} values, filled from one season earlier and never scored")
+    return step, dates, grid
+
+
+def read_csv(path, target="", period=0):
+    """Any CSV -> Series on a regular clock, with notes on all that was assumed, dropped or filled."""
+    names, rows = read_cells(path)
+    cells = dict(zip(names, zip(*(row[: len(names)] for row in rows))))
+    clock, dates, note = find_clock(cells)
+    cells.pop(clock, None)
+    notes = [note]
+    numbers = find_numbers(path, cells, target, notes)
+    step, dates, table = to_clock(path, dates, np.array(list(numbers.values()), dtype=np.float64).T, notes)
+    return Series(path.stem, list(numbers), table, dates, step, period, notes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1400,7 +1403,7 @@ def show_images(axis, images, columns, title):
 
 
 def summary(rungs):
-    """Rungs -> one dict of plain numbers per name, seeds averaged. skill = 1 - MSE / MSE of the seasonal naive forecast."""
+    """Rungs -> a dict of plain numbers per name, seeds averaged. skill = 1 - MSE / MSE of the seasonal naive rung."""
     rows, naive = [], next((r for r in rungs if r.name == "snaive"), rungs[0])
     for name in dict.fromkeys(r.name for r in rungs):
         group = [r for r in rungs if r.name == name]
@@ -1408,11 +1411,12 @@ def summary(rungs):
         mse, mae, mase = ({h: statistics.fmean(r.test[key][h] for r in group) for h in one.test[key]}
                           for key in ("mse", "mae", "mase"))
         rows.append({
-            "name": name, "params": one.params, "lookback": one.lookback, "mse": mse, "mae": mae, "mase": mase,
-            "fit_seconds": statistics.fmean(r.seconds for r in group), "val_mse": statistics.fmean(r.val for r in group),
-            "mse_average": statistics.fmean(by_seed), "mae_average": statistics.fmean(mae.values()),
-            "mse_average_by_seed": by_seed, "mse_by_column": one.test["mse_by_column"], "windows": one.test["windows"],
-            "skill": 1 - statistics.fmean(by_seed) / statistics.fmean(naive.test["mse"].values())})
+            "name": name, "params": one.params, "fit_seconds": statistics.fmean(r.seconds for r in group),
+            "lookback": one.lookback, "mse": mse, "mae": mae, "mase": mase, "mse_average": statistics.fmean(by_seed),
+            "mae_average": statistics.fmean(mae.values()), "mse_average_by_seed": by_seed,
+            "skill": 1 - statistics.fmean(by_seed) / statistics.fmean(naive.test["mse"].values()),
+            "val_mse": statistics.fmean(r.val for r in group), "mse_by_column": one.test["mse_by_column"],
+            "windows": one.test["windows"]})
     return rows
 
 
@@ -1425,7 +1429,8 @@ def print_ladder(rows):
         seeds = r["mse_average_by_seed"]
         spread = f"   {len(seeds)} seeds: {min(seeds):.4f} to {max(seeds):.4f}" if len(seeds) > 1 else ""
         print(f"{r['name']:<13}{r['params']:>8,}{r['lookback']:>9}{r['fit_seconds']:>7.1f}"
-              + "".join(f"{f'{mse:.3f}/{mae:.3f}':>13}" for mse, mae in cells) + f"{r['skill']:>7.0%}{r['val_mse']:>8.3f}{spread}")
+              + "".join(f"{f'{mse:.3f}/{mae:.3f}':>13}" for mse, mae in cells)
+              + f"{r['skill']:>7.0%}{r['val_mse']:>8.3f}{spread}")
     print("windows: " + ", ".join(f"{n} at h = {h}" for h, n in rows[0]["windows"].items()), flush=True)
 
 
@@ -1464,7 +1469,7 @@ def draw_ladder(arena, rungs, path):
         left.text(0.99 * most, y, f"{row['params']:,}", va="center", ha="right", fontsize=9)
     for kind, color in kinds.items():
         left.barh(0, 0, color=color, alpha=0.7, label=kind)
-    left.set(yticks=[], xlim=(0, most), xlabel="test MSE, mean over horizons", title="error; at the right, numbers fitted")
+    left.set(yticks=[], xlim=(0, most), xlabel="test MSE, mean over horizons", title="error and numbers fitted")
     left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=3, frameon=False)
     ranked = [row["name"] for row in rows[::-1]]
     for name in ranked[:4] + [name for name in ("profile", "snaive") if name in ranked[4:]]:
@@ -1544,7 +1549,7 @@ def parse_models(config, default):
     names = [m for n in names if "+" in n for m in n.split("+")] + names
     for name in names:
         if "+" not in name and name not in RUNGS:
-            raise UserError(f"--model {config.model}: no rung '{name}'; there are {', '.join(RUNGS)}, and means as in ar+ridge")
+            raise UserError(f"--model {config.model}: no rung '{name}'; there are {', '.join(RUNGS)}; means: ar+ridge")
     return sorted(dict.fromkeys(names), key=lambda n: list(RUNGS).index(n) if n in RUNGS else len(RUNGS))
 
 
@@ -1567,20 +1572,23 @@ def recover(config, device, out):
         net_name = "sparse AR-Net" if p > 10 else "AR-Net"
 
         def descend():
-            train(net.to(device), table.to(device), (config.steps or 1000, 1024, 5e-3), config.seed, f"{net_name}, {p} lags")
+            recipe = (config.steps or 1000, 1024, 5e-3)
+            train(net.to(device), table.to(device), recipe, config.seed, f"{net_name}, {p} lags")
             return net.coefficients()
         ways, found = {"least squares": lambda: fit_lags(table, range(1, p + 1), centre=False).weight[:, 0],
                        "Yule-Walker": lambda: yule_walker(table, p, centre=False).weight[:, 0], net_name: descend}, {}
         for way, find in ways.items():
             began = time.time()
             found[way] = find()
-            off, seconds = float((found[way] - found["least squares"]).abs().max()), time.time() - began
-            results[f"{way}, p={p}"] = {"stpe": stpe(found[way], true), "from_least_squares": off, "seconds": seconds}
-            print(f"   {p:>3} lags, {way:<13} error {stpe(found[way], true):5.1f} %, at most {off:.4f} from least squares, "
+            seconds, error = time.time() - began, stpe(found[way], true)
+            off = float((found[way] - found["least squares"]).abs().max())
+            results[f"{way}, p={p}"] = {"stpe": error, "from_least_squares": off, "seconds": seconds}
+            print(f"   {p:>3} lags, {way:<13} error {error:5.1f} %, at most {off:.4f} from least squares, "
                   f"{seconds:.2f} s", flush=True)
         if p > 10:
             found.pop("Yule-Walker")  # hides behind least squares in the picture
-        panels[f"{p} lags offered, {len(AR_TRUTH)} used"] = {f"{w}: error {stpe(c, true):.1f} %": c for w, c in found.items()}
+        panel = {f"{way}: error {stpe(coef, true):.1f} %": coef for way, coef in found.items()}
+        panels[f"{p} lags offered, {len(AR_TRUTH)} used"] = panel
     kept = [k + 1 for k, weight in enumerate(found[net_name]) if abs(weight) > 0.05]
     print(f"   of 100 lags the sparse net uses {kept}; the truth is {list(AR_TRUTH)}")
     draw_coefficients(panels, AR_TRUTH, out / "coefficients.png")
@@ -1616,16 +1624,17 @@ def compete(config, series, horizons, names, device, out):
 
 
 def forecast(config, series, horizon, names, device, out):
-    """Test the rungs on the end of the series, fit the best on all rows, write what comes next in units -> metrics."""
+    """Test the rungs on the end of the series, fit the best on all rows, write what comes next -> metrics."""
     ends = borders(series, horizon, holdout=True)
     arena = Arena(series, ends, [horizon], config, device, most_windows=300)
-    print(f"test: fitted on rows 0 to {ends[0] - 1}, chosen on the next {ends[1] - ends[0]}, scored on the last {ends[2] - ends[1]}")
+    print(f"test: fitted on the first {ends[0]} rows, chosen on the next {ends[1] - ends[0]}, "
+          f"scored on the last {ends[2] - ends[1]}")
     rungs = arena.climb(names)
     rows, best = summary(rungs), min(rungs, key=lambda r: r.val)
     print_ladder(rows)
     skill = next(row["skill"] for row in rows if row["name"] == best.name)
-    print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); {skill:.0%} better than the seasonal "
-          + ("naive forecast" if skill > 0 else "naive forecast: there is little to predict here, do not trust the details"))
+    print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); its skill against the seasonal "
+          f"naive forecast is {skill:.0%}" + ("" if skill > 0.02 else ": there is little to predict here"))
 
     scaler = Scaler(series.values)  # now fit on everything
     table = scaler.scale(series.values).to(device)
@@ -1636,8 +1645,8 @@ def forecast(config, series, horizon, names, device, out):
     offsets = residual_interval(torch.cat(list(errors.values())), config.level, conformal=True)
     lower, upper = (ahead + offset.numpy() * arena.scaler.std[:, None] for offset in offsets)
     inside = coverage(errors["test"], residual_interval(errors["val"], config.level, conformal=True), horizon)[0][0]
-    print(f"interval: {config.level:.0%}, from the errors on the last {ends[2] - ends[0]} rows; made on the first half of them, "
-          f"it covers {inside:.0%} of the second")
+    print(f"interval: {config.level:.0%}, from the errors on the last {ends[2] - ends[0]} rows; made on the first half "
+          f"of them, it covers {inside:.0%} of the second")
     dates = [advance(series.dates[-1], series.step, k + 1) for k in range(horizon)]
     write_forecast(series, dates, ahead, lower, upper, out / "forecast.csv")
     draw_forecast(series, dates, ahead, lower, upper, best.name, config.level, out / "forecast.png")
