@@ -238,15 +238,17 @@ def _extremes(x, block):
 
 def _runs(some, whole, block):
     """Flags per tile (.., rows, tiles) -> the bounds, first and last of `Mask.tiles`; whole tiles count up to the first gap."""
-    t, tiles = torch.arange(some.shape[-1]), some.shape[-1]
+    tiles = some.shape[-1]
+    t = torch.arange(tiles)
     hi = torch.where(some, t + 1, 0).amax(-1)
     lo = torch.where(some, t, tiles).amin(-1).minimum(hi)
-    full_lo = torch.where(whole, t, tiles).amin(-1, keepdim=True)
-    full_hi = torch.where(~whole & (t > full_lo), t, tiles).amin(-1, keepdim=True)
-    run = torch.where(full_lo < tiles, torch.cat([full_lo, full_hi], -1), lo[..., None])
-    bounds = torch.cat([lo[..., None], run, hi[..., None]], -1)
-    before, after = (bool((bounds[..., k] < bounds[..., k + 1]).any()) for k in (0, 2))
-    return (bounds * block).int(), 0 if before else 1, 3 if after else 2
+    full_lo = torch.where(whole, t, tiles).amin(-1)
+    full_hi = torch.where(~whole & (t > full_lo[..., None]), t, tiles).amin(-1)
+    none = full_lo == tiles  # nothing whole: all of it goes to the run after, if others need that run too, else to the one before
+    place = lo if bool((~none & (full_hi < hi)).any()) else hi
+    bounds = torch.stack([lo, torch.where(none, place, full_lo), torch.where(none, place, full_hi), hi], -1)
+    occurs = [k for k in range(3) if bool((bounds[..., k] < bounds[..., k + 1]).any())] or [0]
+    return (bounds * block).int(), occurs[0], occurs[-1] + 1
 
 
 def _mask(name, start, end, m, col_end=None):
@@ -548,7 +550,8 @@ def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, GROUP: tl
     keys, values = _load(k, b, h, j, d, M, D, True), _load(v, b, h, j, d, M, D, True)
     col, bounds = tl.load(rule.col + sample * M + j, mask=j < M, other=0), rule.bounds + (sample * tl.num_programs(0) + tile) * 4
     acc_k, acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for head in range(h * GROUP, h * GROUP + GROUP):
+    for g in range(GROUP):
+        head = h * GROUP + g
         row = (b * tl.num_programs(1) * GROUP + head) * N
         for run in tl.static_range(FIRST, LAST):
             lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
@@ -1092,3 +1095,145 @@ def nearest_code(x, codebook, return_distance=False, return_residual=False):
             residual = points - codes[index]
     extra = ([residual.square().sum(-1)] if return_distance else []) + ([residual.to(x.dtype)] if return_residual else [])
     return (index, *extra) if extra else index
+
+
+# --- report: errors everywhere, times on a GPU ------------------------------------------------------------------------
+
+
+def errors(device, dtype):
+    """Rows (op, case, error) of the path in use, against float64: largest relative Frobenius error of outputs and gradients."""
+
+    def relative(ours, truth):
+        pairs = [(a.detach().double(), b.detach()) for a, b in zip(ours, truth)]
+        return max(float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in pairs)
+
+    generator = torch.Generator(device).manual_seed(0)
+    randn = functools.partial(torch.randn, device=device, generator=generator)
+    for mask in (full(70, 49), causal(129), scales([1, 4, 16, 64]), markov([1, 4, 16, 64]), window(129, 20), tree([-1, 0, 1, 1, 0], 44),
+                 causal(64) & padding([64, 20], 64)):  # fmt: skip
+        x = [randn(2, h, n, 32).to(dtype).requires_grad_() for h, n in zip((4, 2, 2), (mask.shape[0], mask.shape[1], mask.shape[1]))]
+        double = [t.detach().double().requires_grad_() for t in x]
+        ours, truth = attention(*x, mask), attention_reference(*double, mask)[0]
+        do = randn(ours.shape).to(dtype)
+        gradients = zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double()))
+        yield "attention + gradients", mask.name, max(relative([ours], [truth]), *(relative([a], [b]) for a, b in gradients))
+    q, k, v, lengths = randn(2, 4, 3, 32).to(dtype), randn(2, 2, 150, 32).to(dtype), randn(2, 2, 150, 32).to(dtype), torch.tensor([150, 37])
+    truth = decode_reference(q.double(), k.double(), v.double(), lengths)
+    yield "decode_attention", "3 tokens, lengths 150, 37", relative([decode_attention(q, k, v, lengths)], [truth])
+    s, v = 3 * randn(4, 100), randn(4, 100, 16)
+    yield "scan_attention", "4 x 100", relative([scan_attention(s, v)], [scan_reference(s.double(), v.double())])
+    logits, noise = 3 * randn(8, 500), torch.rand(8, 500, device=device, generator=generator) + 0.01
+    wrong = sample(logits, 0.8, 50, 0.9, noise=noise) != sample_reference(logits.double(), 0.8, 50, 0.9, noise)
+    yield "sample", "8 x 500, other tokens", float(wrong.float().mean())
+    p, u, e = randn(8, 5, 100).softmax(-1), torch.rand(8, 4, device=device, generator=generator), noise[:, :100]
+    q, drafts = randn(8, 4, 100).softmax(-1), torch.randint(100, (8, 4), device=device, generator=generator)
+    wrong = verify(p, q, drafts, u, e)[0] != verify_reference(p.double(), q.double(), drafts, u.double(), e.double())[0]
+    yield "verify", "8 x 4 drafts, other tokens", float(wrong.float().mean())
+    x, codes = randn(300, 24), randn(200, 24)
+    best = (x[:, None] - codes).double().square().sum(-1).amin(-1)
+    yield "nearest_code", "300 x 200, distance", relative([nearest_code(x, codes, return_distance=True)[1]], [best])
+
+
+def benchmarks():
+    """Rows (case, work, unit, ours, peer's name, peer) for a GPU; ours and peer are functions to time, work is in TFLOP or GB."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    flex, sdpa = torch.compile(flex_attention), F.scaled_dot_product_attention
+    randn = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    for B, H, N, D in ((64, 4, 64, 32), (8, 16, 2048, 64), (4, 16, 4096, 64), (4, 8, 4096, 128), (1, 8, 16384, 128)):
+        q, k, v, do = (randn(B, H, N, D) for _ in range(4))
+        work = 2 * B * H * N * N * D / 1e12  # two products, half of which a causal mask needs
+        mask, case = causal(N), f"causal {B}x{H}x{N}x{D}"
+        yield f"{case} forward", work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, is_causal=True)
+        x = [t.clone().requires_grad_() for t in (q, k, v)]
+        ours, theirs = attention(*x, mask), sdpa(*x, is_causal=True)
+        yield (f"{case} backward", 2.5 * work, "TFLOP/s", lambda: torch.autograd.grad(ours, x, do, retain_graph=True), "sdpa",
+               lambda: torch.autograd.grad(theirs, x, do, retain_graph=True))  # fmt: skip
+    for B, sides in ((64, (1, 2, 4, 8)), (8, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), (2, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))):
+        for mask in (scales([n * n for n in sides]), markov([n * n for n in sides])):
+            (q, k, v), N = (randn(B, 16, mask.shape[0], 64) for _ in range(3)), mask.shape[0]
+            start, end, dense = mask.row_start[0].cuda(), mask.row_end[0].cuda(), mask.dense("cuda")
+            blocks = create_block_mask(lambda b, h, i, j: (start[i] <= j) & (j < end[i]), None, None, N, N, device="cuda")
+            work, case = 4 * B * 16 * 64 * float(dense.sum()) / 1e12, f"{mask.name} {B}x16x{N}x64"
+            yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "flex", lambda: flex(q, k, v, block_mask=blocks)
+            yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa + mask", lambda: sdpa(q, k, v, attn_mask=dense)
+    for B, H, S, D in ((64, 16, 4096, 64), (1, 16, 8192, 64), (64, 4, 256, 32)):
+        q, k, v = randn(B, H, 1, D), randn(B, H, S, D), randn(B, H, S, D)
+        yield f"decode {B}x{H}x{S}x{D}", 4 * B * H * S * D / 1e9, "GB/s", lambda: decode_attention(q, k, v, S), "sdpa", lambda: sdpa(q, k, v)
+    for B, V in ((64, 32768), (64, 4096), (64, 256)):
+        x = torch.randn(B, V, device="cuda")
+        yield (f"sample {B}x{V}, top-k 50, top-p 0.9", 12 * B * V / 1e9, "GB/s", lambda: sample(x, 0.8, 50, 0.9), "sort + multinomial",
+               lambda: torch.multinomial(truncate(x / 0.8, 50, 0.9).softmax(-1), 1))  # fmt: skip
+        p, q, e = torch.rand(B, 5, V, device="cuda"), torch.rand(B, 4, V, device="cuda"), torch.rand(B, V, device="cuda")
+        drafts, u = torch.randint(V, (B, 4), device="cuda"), torch.rand(B, 4, device="cuda")
+        yield (f"verify {B}x4x{V}", 12 * B * V / 1e9, "GB/s", lambda: verify(p, q, drafts, u, e), "torch",
+               lambda: verify_reference(p, q, drafts, u, e))  # fmt: skip
+    for N, K, D in ((65536, 16384, 32), (65536, 512, 16)):
+        x, codes = torch.randn(N, D, device="cuda"), torch.randn(K, D, device="cuda")
+        yield (f"nearest {N}x{K}x{D}", 2 * N * K * D / 1e12, "TFLOP/s", lambda: nearest_code(x, codes), "cdist + argmin",
+               lambda: torch.cdist(x, codes).argmin(-1))  # fmt: skip
+    s, v = torch.randn(1024, 4096, device="cuda"), torch.randn(1024, 4096, 64, device="cuda")
+    yield "scan 1024x4096x64", 2 * v.numel() * 4 / 1e9, "GB/s", lambda: scan_attention(s, v), "torch", lambda: _scan_torch(s, v, None)
+
+
+def _plot(file, error_rows, time_rows):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2 if time_rows else 1, figsize=(15 if time_rows else 8, 7), layout="constrained", squeeze=False)
+    names = [f"{op}: {case}" for op, case, *_ in error_rows]
+    for shift, column, label in ((-0.2, 2, "torch path"), (0.2, 3, "kernel")):
+        points = [(i + shift, max(row[column], 1e-9)) for i, row in enumerate(error_rows) if row[column] is not None]
+        if points:
+            axes[0, 0].barh(*zip(*points), height=0.38, label=label)
+    axes[0, 0].set(xscale="log", title="error against float64 (1e-9 stands for none)", yticks=range(len(names)), yticklabels=names)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend()
+    if time_rows:
+        axes[0, 1].barh([f"{case} ({peer})" for case, peer, _ in time_rows], [ratio for *_, ratio in time_rows])
+        axes[0, 1].axvline(1, color="black", linewidth=1)
+        axes[0, 1].set(title="speed relative to the peer in brackets, 1 = equal", xscale="log")
+        axes[0, 1].invert_yaxis()
+    figure.savefig(file, dpi=110)
+
+
+def main(argv=None):
+    """Print the tables; returns (error rows, time rows)."""
+    parser = argparse.ArgumentParser(description="Check every op of kernels.py against float64 and, on a GPU, time it against torch's own.")
+    parser.add_argument("--plot", metavar="PATH", help="also draw the tables into this picture (.png, .pdf, .svg)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of attention inputs: default bfloat16 on a GPU, else float32")
+    args = parser.parse_args(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
+    kernels_run = triton is not None and (device == "cuda" or interpreting())
+    with torch.random.fork_rng(devices=[]):
+        with use("reference"):
+            by_torch = list(errors(device, dtype))
+        with use("triton" if kernels_run else "reference"):
+            by_kernel = list(errors(device, dtype)) if kernels_run else [(None, None, None)] * len(by_torch)
+    rows = [(op, case, a, b) for (op, case, a), (_, _, b) in zip(by_torch, by_kernel)]
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter" if kernels_run else "CPU"
+    print(f"errors against float64, {str(dtype)[6:]}, {where}\n{'op':<24}{'case':<30}{'torch path':>12}{'kernel':>12}")
+    for op, case, a, b in rows:
+        print(f"{op:<24}{case:<30}{a:>12.1e}{'not run' if b is None else f'{b:.1e}':>12}")
+    times = []
+    if device == "cuda":
+        print(f"\ntimes, bfloat16, median\n{'case':<38}{'ms':>9}{'rate':>17}  {'peer':<20}{'ms':>9}{'peer / ours':>13}")
+        for case, work, unit, ours, peer, theirs in benchmarks():
+            a, b = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
+            times.append((case, peer, b / a))
+            print(f"{case:<38}{a:>9.3f}{work / a * 1e3:>9.0f} {unit:<7}  {peer:<20}{b:>9.3f}{b / a:>13.2f}", flush=True)
+    else:
+        print("\nNo CUDA device: nothing to time here, and the kernels ran " + ("interpreted only." if kernels_run else "not at all."))
+        print("  errors of the kernels, interpreted on this machine   TRITON_INTERPRET=1 python kernels.py")
+        print("  errors and times, on a machine with a GPU            python kernels.py --plot kernels.png")
+    if args.plot:
+        _plot(args.plot, rows, times)
+        print(f"drew {args.plot}")
+    return rows, times
+
+
+if __name__ == "__main__":
+    main()
