@@ -44,6 +44,7 @@ import argparse
 import calendar
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -90,8 +91,7 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv, parts, presets, description):
     """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=["all", *parts],
-                        help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
@@ -99,7 +99,9 @@ def parse_config(cls, argv, parts, presets, description):
         parser.add_argument(flags[field.name], default=field.default, help=field.metadata["help"] + " [%(default)s]", **kind)
     parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
     args = vars(parser.parse_args(argv))
-    part = args.pop("part")
+    part = args.pop("part") or "all"
+    if part not in ("all", *parts):
+        raise UserError(f"there is no part {part!r}, only {', '.join(parts)} (--help explains)")
     for field in dataclasses.fields(cls):
         low, high, value = field.metadata["low"], field.metadata["high"], args[field.name]
         if (low is not None and not value >= low) or (high is not None and not value <= high):  # "not >=": NaN fails too
@@ -185,6 +187,14 @@ def pick_device(name, precision="auto"):
     bf16 = bool(units) if precision == "auto" else precision == "bf16"
     return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, (
         f"{kind} ({units[0] if units else 'no fast bf16'}), matrices in {'bf16' if bf16 else 'fp32'}")
+
+
+def keep_freed_memory():
+    """glibc returns large freed blocks to the kernel, and each step then pays to map them again: tell it to keep them (a fifth faster)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # not glibc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def peak_memory_mb(device):
@@ -1379,16 +1389,14 @@ def read_csv(path, target="", period=0):
 
 # --- shared: figures
 def new_figure(width, height, rows=1, columns=1):
-    """A matplotlib figure that needs no screen, and its axes as an array (rows, columns)."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    """A matplotlib figure that needs no screen (no pyplot, no state), and its axes as an array (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure, path):
     figure.savefig(path, dpi=110)
-    figure.clear()
     print(f"wrote {path}")
 
 
@@ -1682,6 +1690,7 @@ def main(argv=None):
     names = parse_models(config, QUICK if part == "forecast" else list(RUNGS))
     horizons = parse_horizons(config, {"forecast": "48", "eval": "96,192,336,720"}.get(part, "24,96,336"))
     device, _, reason = pick_device(config.device, "fp32")
+    keep_freed_memory()
     out = make_folder(config.out)
     print(f"nano_ts: {reason}")
     metrics = {"device": reason, "seed": config.seed}
