@@ -944,7 +944,7 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
         data = data.flatten(0, 1)[:, None]  # every (window, column) is a series of its own
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     made_with = {"rung": name, "seed": seed, "recipe": list(recipe), "rows": list(table.shape), **dict(made_with)}
-    step, losses = 0, []
+    step, losses, before = 0, [], 0.0
     if resume and path and path.exists():
         state = load_checkpoint(path)
         if state["config"] != made_with:
@@ -953,9 +953,9 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         set_rng_state(state["rng"])  # dropout
-        step, losses = state["step"], state["losses"]
+        step, losses, before = state["step"], state["losses"], state["seconds"]
 
-    bar = Progress(steps, name, start=step)
+    bar, began, model.fit_seconds = Progress(steps, name, start=step), time.time(), before
     model.train()
     with Interrupt() as stop:
         while step < steps:
@@ -972,9 +972,10 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
             step += 1
             losses.append(loss.item())
             bar.update(loss=losses[-1])
+            model.fit_seconds = before + time.time() - began
             if path and (step % 100 == 0 or step == steps or stop.asked):
-                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "losses": losses,
-                                       "step": step, "optimizer": optimizer.state_dict(), "rng": rng_state()})
+                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                                       "step": step, "losses": losses, "seconds": model.fit_seconds, "rng": rng_state()})
             if stop.asked:
                 raise KeyboardInterrupt(f"step {step} of {name} is saved; go on with the same command and --resume"
                                         if path else "")
@@ -1057,6 +1058,7 @@ class Rung:
     made: dict  # "val" and "test": (N, C, H) scaled forecasts
     test: dict  # see `score`
     val: float  # mean MSE over horizons on the validation rows
+    skill: float  # 1 - MSE / MSE of the seasonal naive forecast, on the test rows
 
     @property
     def params(self):
@@ -1087,6 +1089,12 @@ class Arena:
             self.truth[part] = truths(seen, self.starts[part], self.H, b)
         season = (self.train[series.period :] - self.train[: -series.period]).abs().mean(0)
         self.naive_mae = season.cpu().clamp(min=1e-9)
+        naive = build("snaive", self.train, series.period, config)
+        self.naive_mse = self.score({"test": forecasts(naive, self.table, self.starts["test"], self.H)}, "test")["mse"]
+
+    def score(self, made, part):
+        drop_last = self.config.drop_last if part == "test" else 0
+        return score(made[part], self.truth[part], self.fits[part], self.naive_mae, drop_last)
 
     def enter(self, name, seed, others, path=None):
         """Fit a rung, or take the mean of fitted ones, and score it -> Rung."""
@@ -1097,13 +1105,13 @@ class Arena:
             made = {part: sum(r.made[part] for r in members) / len(members) for part in self.starts}
         else:
             models = [build(name, self.train, self.series.period, self.config, self.config.seed + seed, path)]
-            seconds = time.time() - began
+            seconds = getattr(models[0], "fit_seconds", time.time() - began)
             if models[0].lookback > self.starts["val"][0]:
                 raise TooShort(f"looks back {models[0].lookback} rows, more than there are to train on")
             made = {part: forecasts(models[0], self.table, starts, self.H) for part, starts in self.starts.items()}
-        test = score(made["test"], self.truth["test"], self.fits["test"], self.naive_mae, self.config.drop_last)
-        val = score(made["val"], self.truth["val"], self.fits["val"], self.naive_mae)
-        return Rung(name, seed, models, seconds, made, test, statistics.fmean(val["mse"].values()))
+        test, val = self.score(made, "test"), self.score(made, "val")
+        skill = 1 - statistics.fmean(test["mse"].values()) / statistics.fmean(self.naive_mse.values())
+        return Rung(name, seed, models, seconds, made, test, statistics.fmean(val["mse"].values()), skill)
 
     def climb(self, names, out=None):
         """All rungs of `names`, nets once per seed -> list of Rung. One that needs more rows than there are is
@@ -1411,8 +1419,8 @@ def show_images(axis, images, columns, title):
 
 
 def summary(rungs):
-    """Rungs -> a dict of plain numbers per name, seeds averaged. skill = 1 - MSE / MSE of the seasonal naive rung."""
-    rows, naive = [], next((r for r in rungs if r.name == "snaive"), rungs[0])
+    """Rungs -> a dict of plain numbers per name, seeds averaged."""
+    rows = []
     for name in dict.fromkeys(r.name for r in rungs):
         group = [r for r in rungs if r.name == name]
         one, by_seed = group[0], [statistics.fmean(r.test["mse"].values()) for r in group]
@@ -1422,7 +1430,7 @@ def summary(rungs):
             "name": name, "params": one.params, "fit_seconds": statistics.fmean(r.seconds for r in group),
             "lookback": one.lookback, "mse": mse, "mae": mae, "mase": mase, "mse_average": statistics.fmean(by_seed),
             "mae_average": statistics.fmean(mae.values()), "mse_average_by_seed": by_seed,
-            "skill": 1 - statistics.fmean(by_seed) / statistics.fmean(naive.test["mse"].values()),
+            "skill": statistics.fmean(r.skill for r in group),
             "val_mse": statistics.fmean(r.val for r in group), "mse_by_column": one.test["mse_by_column"],
             "windows": one.test["windows"]})
     return rows
@@ -1478,7 +1486,7 @@ def draw_ladder(arena, rungs, path):
     for kind, color in kinds.items():
         left.barh(0, 0, color=color, alpha=0.7, label=kind)
     left.set(yticks=[], xlim=(0, most), xlabel="test MSE, mean over horizons", title="error and numbers fitted")
-    left.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=3, frameon=False)
+    figure.legend(fontsize=8, loc="outside lower left", ncol=3, frameon=False)
     ranked = [row["name"] for row in rows[::-1]]
     for name in ranked[:4] + [name for name in ("profile", "snaive") if name in ranked[4:]]:
         rung = next(r for r in rungs if r.name == name)
@@ -1487,7 +1495,7 @@ def draw_ladder(arena, rungs, path):
     if arena.series.noise:
         right.plot(range(1, arena.H + 1), arena.floor(arena.H), "k--", lw=1.2, label="floor: the noise alone")
     right.set(xlabel="steps ahead", title="test MSE at each step", ylim=(0, None))
-    right.legend(fontsize=8, frameon=False)
+    right.legend(fontsize=8, ncol=2, loc="lower right")
     save_figure(figure, path)
 
 
@@ -1508,7 +1516,7 @@ def draw_windows(arena, rung, naive, interval, level, path, block):
         axis.plot(steps, units(f), color="tab:red", lw=1.6, label=rung.name)
         axis.axvline(-0.5, color="black", lw=0.6)
         axis.set(title=f"column {arena.series.columns[0]}, forecast made before row {start}", xlabel="steps ahead")
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[0, 0].legend(fontsize=8, loc="upper left")
     inside, width = coverage(arena.truth["test"] - rung.made["test"], interval, block)
     names = [f"{i * block + 1}-{min((i + 1) * block, arena.H)}" for i in range(len(inside))]
     axes[1, 0].bar(names, inside, color="tab:red", alpha=0.45)
@@ -1640,9 +1648,8 @@ def forecast(config, series, horizon, names, device, out):
     rungs = arena.climb(names)
     rows, best = summary(rungs), min(rungs, key=lambda r: r.val)
     print_ladder(rows)
-    skill = next(row["skill"] for row in rows if row["name"] == best.name)
-    print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); its skill against the seasonal "
-          f"naive forecast is {skill:.0%}" + ("" if skill > 0.02 else ": there is little to predict here"))
+    print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); its skill against the "
+          f"seasonal naive forecast is {best.skill:.0%}" + ("" if best.skill > 0.02 else ": there is little to predict here"))
 
     scaler = Scaler(series.values)  # now fit on everything
     table = scaler.scale(series.values).to(device)
@@ -1658,7 +1665,7 @@ def forecast(config, series, horizon, names, device, out):
     dates = [advance(series.dates[-1], series.step, k + 1) for k in range(horizon)]
     write_forecast(series, dates, ahead, lower, upper, out / "forecast.csv")
     draw_forecast(series, dates, ahead, lower, upper, best.name, config.level, out / "forecast.png")
-    return {"models": rows, "chosen": best.name, "params": best.params, "skill": skill, "coverage": inside,
+    return {"models": rows, "chosen": best.name, "params": best.params, "skill": best.skill, "coverage": inside,
             "first": label(dates[0], series.step), "last": label(dates[-1], series.step)}
 
 
