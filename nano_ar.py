@@ -158,7 +158,7 @@ class Config:
     depth: int = opt(4, "number of blocks", low=1, fixed=True)
     heads: int = opt(4, "attention heads; width / heads must be a multiple of 4", low=1, fixed=True)
     # training
-    steps: int = opt(600, "optimizer steps", low=1, fixed=True)
+    steps: int = opt(500, "optimizer steps", low=1, fixed=True)
     batch: int = opt(64, "images per step", low=1, fixed=True)
     lr: float = opt(0.04, "learning rate of Muon, for the matrices inside the blocks", low=0, fixed=True)
     lr_adam: float = opt(0.02, "learning rate of AdamW, for embeddings and heads", low=0, fixed=True)
@@ -312,12 +312,11 @@ def glyphs(n, seed, masters=None):
     labels = torch.randint(10, (n,), generator=g)
     chosen = torch.randint(masters.shape[1], (n,), generator=g)
     u = lambda low, high: torch.rand(n, generator=g) * (high - low) + low
-    angle, shear, contrast = u(-0.25, 0.25), u(-0.2, 0.2), u(0.7, 1.0)
-    size = u(0.85, 1.25)
-    stretch = u(0.85, 1.15)
+    angle, shear, contrast = u(-0.2, 0.2), u(-0.2, 0.2), u(0.8, 1.0)
+    size, stretch = u(0.72, 1.0), u(0.85, 1.15)
     # rows of the 2 x 3 map from output to input coordinates: rotation, shear, scale, shift (all in units of half a picture)
-    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.12, 0.12)], 1),
-                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.12, 0.12)], 1)], 1)
+    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.1, 0.1)], 1),
+                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.1, 0.1)], 1)], 1)
     images = torch.empty(n, 32, 32, dtype=torch.uint8)
     for i in range(0, n, 1024):  # in chunks: the 64 x 64 samples before averaging take 16 KB an image
         part = slice(i, i + 1024)
@@ -381,7 +380,7 @@ def load_images(data, seed=0):
     """`glyphs`, a named set, or a path -> Images. A path, which has no test part of its own, is split 9:1 by seed."""
     if data == "glyphs":
         masters = glyph_masters()
-        return Images(data, *glyphs(10000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
+        return Images(data, *glyphs(20000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
     if data in IMAGE_SETS:
         folder, address, *sums = IMAGE_SETS[data]
         files = [read_idx(find_file(folder + name, address + name, "md5:" + md5)) for name, md5 in zip(IDX_FILES, sums)]
@@ -506,6 +505,7 @@ def load_tokens(config, device, codebook=None):
         some = patches[torch.randperm(len(patches), generator=g)[:100_000]].float()  # enough for 512 means
         codebook = kmeans(some.to(device), config.codebook, g).cpu()
     return data, patch_tokens(data, codebook, device), codebook
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
@@ -839,6 +839,7 @@ def nearest_images(images, pool):
 
 
 # --- end shared
+
 
 def milliseconds(function, repeats=5):
     """Median wall-clock of function() in milliseconds, after one call to warm up."""
