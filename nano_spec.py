@@ -1,37 +1,38 @@
-"""nano_spec: let a cheap guesser run ahead, let the model check many guesses in one call, and keep the model's law exactly.
+"""nano_spec: a cheap drafter runs ahead, the model checks many guesses in one call, the law of the output stays exact.
 
-    text so far   t h e _        a drafter proposes     the target scores every path     each token: accept with min(1, p/q),
-                                  q   a   y              in ONE call (a tree mask)        else draw from norm(max(p - q, 0)), stop
-                              c - h - a - t
-                              \\- a - t                   p(.)  p(.|c)  p(.|ca) ...        emitted: c h e     (tau = 3 tokens a call)
+    text so far      a drafter proposes      the target scores every       each token: accept with min(1, p/q),
+                                             path in ONE call              else draw from norm(max(p - q, 0)), stop
+    t h e _          c --- h - a - t         p(.)  p(.|c)  p(.|ch) ..
+                       \\- a - t             p(.|ca) ..                    emitted: c h e   (tau = 3 tokens a call)
 
-Every method here is the same eight lines, `speculate`; what differs is who proposes, and how one token is `select`ed among proposals:
+Every method here is the same eight lines, `speculate`. What differs is who proposes and how one token is `select`ed:
 
-    drafter                                     paper                                      select
-    small GPT, chain or tree                    2211.17192, 2302.01318, 2305.09781         rejection, with or without replacement
-    small GPT, several draws                    SpecTr 2310.15141                          K-SEQ
-    first layers of the target                  self-speculation, S2D 2407.01955           rejection
-    heads on the target's last hidden state     Medusa 2401.10774                          rejection
-    n-gram counts, online                       ADED 2407.12021                            rejection, or top-k tree
-    what was seen before                        prompt lookup, token recycling 2408.08696  point masses
-    the target's own previous call              Jacobi 2305.10427, SJD 2410.01699          rejection
-    relaxed (NOT exact, price printed)          lenience, GSD 2508.07747, LANTERN 2410.03355
+    drafter                               paper                                       select
+    small GPT, chain or tree              2211.17192, 2302.01318, 2305.09781          rejection, +- replacement
+    small GPT, several draws              SpecTr 2310.15141                           K-SEQ
+    first layers of the target            S2D 2407.01955                              rejection
+    heads on the last hidden state        Medusa 2401.10774                           rejection
+    n-gram counts, online                 ADED 2407.12021                             rejection, or top of a tree
+    what was seen before                  prompt lookup, token recycling 2408.08696   point masses
+    the target's own previous call        Jacobi 2305.10427, SJD 2410.01699           rejection
+    relaxed: NOT exact, price printed     lenience, GSD 2508.07747, LANTERN 2410.03355
 
-The proof is a program: `verify` replaces the random number generator by one that enumerates every outcome, runs the *real* decoders on
-tiny models, and adds up the probabilities. The total variation to the true law is 1e-16. Then it edits one line of this file at a time,
-as in bug reports against well-known implementations, and shows that every such mutant is caught.
+The proof is a program. `verify` replaces the random numbers by an enumeration of every outcome, runs the *real*
+decoders on tiny models and adds up the probabilities: the total variation to the true law is 1e-16. Then it edits one
+line of this file at a time, after bugs reported against known implementations, and shows that each mutant is caught.
 
-Commands                                                  two CPU cores    expect
-    python nano_spec.py                                   @TIME_TEXT@
-    python nano_spec.py --task image                      @TIME_IMAGE@
-    python nano_spec.py verify                            15 s             TV <= 1e-12 for 17 decoders, 11 mutants caught
-    python nano_spec.py sample --prompt "The import"      seconds          a text, coloured by who proposed each byte
-    python nano_spec.py bench                             1 minute         the table, from the checkpoint of the first command
+Commands                                              two CPU cores   expect
+    python nano_spec.py                               @TIME_TEXT@
+    python nano_spec.py --task image                  @TIME_IMAGE@
+    python nano_spec.py verify                        12 s            19 decoders at 1e-16, 14 of 14 mutants caught
+    python nano_spec.py sample --prompt "The import"  seconds         trace.png: who chose each byte, draft or target
+    python nano_spec.py bench                         1 minute        the table again, from the checkpoint
 
-Words: gamma = drafted tokens per call (depth of a tree); alpha = sum_x min(p, q), the chance that a draft is accepted; tau = tokens emitted
-per target call, the target's own included; speed-up = time per token of plain decoding with a KV cache / the same of the method.
-Left out on purpose: EAGLE's feature-level drafts, continuous batching, paged caches, constrained decoding (lessons have some of it).
-Read in this order: `select`, `speculate`, `ChainDraft`, `Replay` and `cases`; then the other drafters. The rest is models and tables.
+Words    gamma: drafted tokens per call (depth of a tree). alpha: sum_x min(p, q), the chance that a draft is accepted.
+         tau: tokens emitted per target call, the target's own token included. speed-up: time per token of plain
+         decoding with a KV cache, divided by that of the method, measured in turn in one process.
+Left out on purpose: EAGLE's feature-level drafts, ragged batches of text, paged caches, constrained decoding.
+Read in this order: `select`, `speculate`, `ChainDraft`, `Replay`, `cases`; then the other drafters.
 """
 
 import argparse
@@ -137,20 +138,21 @@ def cli(main):
 @dataclasses.dataclass
 class Config:
     # what and where
-    task: str = opt("text", "text: bytes; image: 4x4-patch tokens of 32x32 images, one class token in front", choices=("text", "image"), fixed=True)
-    data: str = opt("", "text: pydoc, shakespeare or a UTF-8 file; image: glyphs, mnist, fashion-mnist, or a path (IDX, .npz, folder); "
-                        "default: the first of each", fixed=True)
+    task: str = opt("text", "text: bytes; image: 8x8 patch tokens of 32x32 images behind a class token",
+                    choices=("text", "image"), fixed=True)
+    data: str = opt("", "text: pydoc (default), shakespeare or a UTF-8 file; image: glyphs (default), mnist, "
+                        "fashion-mnist, or a path: IDX file, .npz, folder of class folders", fixed=True)
     out: str = opt("out/spec", "folder for checkpoints, pictures and metrics.json")
-    preset: str = opt("cpu", "cpu: five minutes on two cores; gpu: a wider target and a longer run", choices=("cpu", "gpu"))
+    preset: str = opt("cpu", "cpu: four minutes on two cores; gpu: wider and longer", choices=("cpu", "gpu"))
     seed: int = opt(0, "seed of the data, the models and the samples", low=0, fixed=True)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     resume: bool = opt(False, "go on from OUT/last.pt exactly where it stopped")
     check: bool = opt(False, "exit with code 1 when the metrics miss the band of the docstring")
-    # models: the target is deep and thin, because a draft of one layer is then many times cheaper (see the cost table of `bench`)
+    # models; the target is deep and thin: a draft of one layer is then many times cheaper (the cost table of `bench`)
     dim: int = opt(64, "width of the target", low=8, fixed=True)
     depth: int = opt(16, "layers of the target", low=1, fixed=True)
     heads: int = opt(2, "attention heads of target and draft", low=1, fixed=True)
-    exit: int = opt(2, "self-speculation: the target is also trained to answer after this many layers", low=1, fixed=True)
+    exit: int = opt(2, "the target also learns to answer after this many layers, as its own draft", low=1, fixed=True)
     draft_dim: int = opt(128, "width of the draft, which has one layer", low=8, fixed=True)
     medusa: int = opt(4, "number of Medusa heads", low=1, fixed=True)
     block: int = opt(128, "text: longest context in bytes", low=16, fixed=True)
@@ -175,13 +177,12 @@ class Config:
     window: int = opt(8, "image: drafted tokens per call", low=1)
 
 
-PARTS = {"train": "only train", "sample": "write a text, or draw images", "verify": "the proof by enumeration, and the mutants",
+PARTS = {"train": "only train", "sample": "write a text, or draw images", "verify": "the proof by enumeration",
          "bench": "acceptance, tau and time of every method"}
-PRESETS = {"text": {"cpu": {}, "gpu": dict(dim=512, depth=24, heads=8, draft_dim=256, steps=4000, draft_steps=4000, head_steps=1000, batch=64, lr=0.01,
-                                           lr_adam=0.002, block=512, new=384)},
-           "image": {"cpu": dict(out="out/spec/image", dim=128, depth=4, heads=4, steps=400, draft_steps=200),
-                     "gpu": dict(out="out/spec/image", dim=384, depth=12, heads=6, steps=4000, draft_steps=2000, batch=64, lr=0.01, lr_adam=0.002,
-                                 samples=5000)}}
+LONG = dict(steps=4000, draft_steps=4000, head_steps=1000, batch=64, lr=0.01, lr_adam=0.002)
+IMAGE = dict(out="out/spec/image", dim=128, depth=4, heads=4, steps=600, draft_steps=200)
+PRESETS = {"text": {"cpu": {}, "gpu": LONG | dict(dim=512, depth=24, heads=8, draft_dim=256, block=512, new=384)},
+           "image": {"cpu": IMAGE, "gpu": IMAGE | LONG | dict(dim=384, depth=12, heads=6, draft_dim=192, samples=5000)}}
 BAND = {"text": dict(best_speedup=1.3, best_tau=2.5), "image": dict(calls_saved_exact=1.3)}  # what --check asks for
 
 
@@ -318,12 +319,11 @@ def glyphs(n, seed, masters=None):
     labels = torch.randint(10, (n,), generator=g)
     chosen = torch.randint(masters.shape[1], (n,), generator=g)
     u = lambda low, high: torch.rand(n, generator=g) * (high - low) + low
-    angle, shear, contrast = u(-0.25, 0.25), u(-0.2, 0.2), u(0.7, 1.0)
-    size = u(0.85, 1.25)
-    stretch = u(0.85, 1.15)
+    angle, shear, contrast = u(-0.2, 0.2), u(-0.2, 0.2), u(0.8, 1.0)
+    size, stretch = u(0.72, 1.0), u(0.85, 1.15)
     # rows of the 2 x 3 map from output to input coordinates: rotation, shear, scale, shift (all in units of half a picture)
-    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.12, 0.12)], 1),
-                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.12, 0.12)], 1)], 1)
+    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.1, 0.1)], 1),
+                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.1, 0.1)], 1)], 1)
     images = torch.empty(n, 32, 32, dtype=torch.uint8)
     for i in range(0, n, 1024):  # in chunks: the 64 x 64 samples before averaging take 16 KB an image
         part = slice(i, i + 1024)
@@ -387,7 +387,7 @@ def load_images(data, seed=0):
     """`glyphs`, a named set, or a path -> Images. A path, which has no test part of its own, is split 9:1 by seed."""
     if data == "glyphs":
         masters = glyph_masters()
-        return Images(data, *glyphs(10000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
+        return Images(data, *glyphs(20000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
     if data in IMAGE_SETS:
         folder, address, *sums = IMAGE_SETS[data]
         files = [read_idx(find_file(folder + name, address + name, "md5:" + md5)) for name, md5 in zip(IDX_FILES, sums)]
@@ -409,26 +409,27 @@ def load_images(data, seed=0):
 
 
 def load_text(data):
-    """`pydoc` (the help topics inside every CPython), `shakespeare`, or a UTF-8 file -> train and test bytes, int64, split 9:1."""
+    """`pydoc` (the help topics inside every CPython), `shakespeare`, or a UTF-8 file -> train and test bytes."""
     if data == "pydoc":
         from pydoc_data.topics import topics
         raw = "\n".join(topics[name] for name in sorted(topics)).encode()
     else:
         path = pathlib.Path(data)
         if data == "shakespeare":
-            path = find_file("tinyshakespeare.txt", SHAKESPEARE, "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+            path = find_file("tinyshakespeare.txt", *SHAKESPEARE)
         try:
             raw = path.read_bytes()
             raw.decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--data {data}: not readable as UTF-8 text ({error}); known names: pydoc, shakespeare") from None
+            raise UserError(f"--data {data}: no UTF-8 text ({error}); known names: pydoc, shakespeare") from None
         if len(raw) < 5000:
-            raise UserError(f"--data {data} holds {len(raw)} bytes; 5000 are the least that can be split and learnt from")
+            raise UserError(f"--data {data} holds {len(raw)} bytes; 5000 are the least to split and learn from")
     tokens = torch.tensor(list(raw))
     return tokens.split([len(raw) * 9 // 10, len(raw) - len(raw) * 9 // 10])
 
 
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 
 
 def patches_of(images):
@@ -442,9 +443,9 @@ def images_of(tokens, codebook):
 
 
 def fit_codebook(images, size, seed, rounds=12):
-    """k-means of patches -> (size, 16). Starts from distinct patches; a code without points moves to the patch that is served worst."""
+    """k-means of patches -> (size, 16), from distinct patches; an empty code moves to the patch that is worst off."""
     g = torch.Generator().manual_seed(seed)
-    points = patches_of(images[torch.randperm(len(images), generator=g)[:2000]]).flatten(0, 1)
+    points = patches_of(images[torch.randperm(len(images), generator=g)[:1000]]).flatten(0, 1)
     distinct = points.unique(dim=0)
     codes = distinct[torch.randperm(len(distinct), generator=g)[:size]].clone()
     for _ in range(rounds):
@@ -457,12 +458,12 @@ def fit_codebook(images, size, seed, rounds=12):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # model
-#   B sequences   T new tokens   C width   H heads   D = C / H   S rows of the cache   V answers (the image task has V + classes inputs)
+#   B sequences  T new tokens  C width  H heads  D = C / H  S rows of the cache  V answers (images: V + classes inputs)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def rope_table(places, head_dim, base):
-    """Rotary positions of any dimension: places (S, axes) -> cos, sin (S, D). Half of D / axes pairs turn with each axis."""
+    """Rotary positions: places (S, axes) -> cos, sin (S, D), the sine signed for x * cos + roll(x, D/2) * sin."""
     pairs = head_dim // 2 // places.shape[1]
     angle = (places[:, :, None] * base ** (-torch.arange(pairs) / pairs)).flatten(1)
     return torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
@@ -484,7 +485,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def attend(self, q, k, v, kv, slots, mask):
-        """kv (2, B, H, S, D). slots: None trains; a slice writes there and sees all before; (B, T) integers write ragged rows of a batch."""
+        """kv (2, B, H, S, D) and where the new rows go: a slice, (B, T) integers (ragged), None in training."""
         if slots is None:
             return kernels.attention(q, k, v, kernels.causal(q.shape[2]))
         if torch.is_tensor(slots):
@@ -514,7 +515,8 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, answers, bias=False)
         nn.init.zeros_(self.head.weight)
-        for name, table in zip(("cos", "sin"), rope_table(places, dim // heads, 10000.0 if places.shape[1] == 1 else 100.0)):
+        base = 10000.0 if places.shape[1] == 1 else 100.0  # 100 suits grids of up to 32 cells
+        for name, table in zip(("cos", "sin"), rope_table(places, dim // heads, base)):
             self.register_buffer(name, table, persistent=False)
 
     def cache(self, batch, size, depth=None):
@@ -523,7 +525,7 @@ class GPT(nn.Module):
         return self.cos.new_zeros(depth or len(self.blocks), 2, batch, heads, size, self.token.embedding_dim // heads)
 
     def forward(self, tokens, places=None, kv=None, slots=None, mask=None, depth=None, tap=None):
-        """tokens (B, T) -> hidden states (B, T, C) after `depth` layers, or a pair with those after `tap` layers; `logits` makes answers."""
+        """tokens (B, T) -> hidden states (B, T, C) after `depth` layers; with `tap`: (after `tap`, after all)."""
         places = slice(tokens.shape[1]) if places is None else places
         rope = self.cos[places], self.sin[places]
         if torch.is_tensor(places) and places.dim() == 2:
@@ -539,7 +541,7 @@ class GPT(nn.Module):
 
 
 class Medusa(nn.Module):
-    """k residual blocks x + SiLU(W_j x) on the hidden state; the target's own head turns each into the law of one later token."""
+    """k residual blocks x + SiLU(W_j x) on a hidden state; the target's head makes each the law of one later token."""
 
     def __init__(self, dim, k):
         super().__init__()
@@ -556,15 +558,16 @@ class Medusa(nn.Module):
 
 
 class Rng:
-    """All chance in this file goes through these two calls, on one row or on a batch; `Replay` below replaces it to enumerate every outcome."""
+    """All chance goes through these two calls, on one row or a batch; `Replay` below enumerates their outcomes."""
 
     def __init__(self, seed=0, device="cpu"):
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def choice(self, p):
-        """A token per row of p [..., V]; an int if there is one row (by the inverse cdf, in float64: a token with p = 0 is never drawn)."""
+        """A token per row of p [..., V]; an int if p is [V]."""
         if p.dim() > 1:
             return torch.multinomial(p.flatten(0, -2), 1, generator=self.generator).view(p.shape[:-1])
+        # inverse cdf, a third of multinomial's time; float64 and right=True: a token with p = 0 is never drawn
         cdf = p.double().cumsum(0)
         u = torch.rand((), dtype=torch.float64, generator=self.generator)
         return int(torch.searchsorted(cdf, u * cdf[-1], right=True))
@@ -577,7 +580,7 @@ class Rng:
 
 
 def warp(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Logits [..., V] -> the law that is sampled from. Always *before* verification and for both models: the law preserved is the warped one."""
+    """Logits [..., V] -> law. Always *before* verification, for both models: it is the warped law that is kept."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -602,24 +605,24 @@ def residual(p, q):
     """
     r = (p - q).clamp(min=0)
     total = r.sum(-1, keepdim=True)
-    return torch.where(total > 0, r / total.clamp(min=1e-300 if p.dtype == torch.float64 else 1e-38), p)  # p == q: rounding rejected
+    return torch.where(total > 0, r / total.clamp(min=torch.finfo(p.dtype).tiny), p)  # 0: p == q, refused by rounding
 
 
 def exact(p, q, x):
-    """Acceptance ratio of the token x drafted from q, and the law to resample from. Leviathan et al. (2211.17192), Chen et al. (2302.01318).
+    """Acceptance ratio of x drafted from q, and the law to fall back on (Leviathan 2211.17192, Chen 2302.01318).
 
-    Why min(1, p/q) and then the residual: x is emitted with probability q min(1, p/q) = min(p, q); the rest, max(p - q, 0), is what the
-    residual adds. The sum is p. The acceptance is sum_x min(p, q) = 1 - TV(p, q).
+    Why min(1, p/q) and then the residual: a draft emits x with probability q min(1, p/q) = min(p, q); what p still
+    lacks, max(p - q, 0), is the residual. They add up to p. The acceptance is sum_x min(p, q) = 1 - TV(p, q).
     """
     return at(p, x) / at(q, x), p
 
 
 def select(p, q, proposals, rng, replace=True, relax=exact):
-    """Draw a token y with law exactly p [V], in such a way that y is often one of the `proposals`: what all methods below rest on.
+    """Draw a token y whose law is exactly p [V], so that y is often one of the `proposals`: the heart of all below.
 
-    proposals: tokens drawn one after another from q [V] (replace=False: without replacement, as in EAGLE), or any tokens if q is None
-    (point masses: prompt lookup, top-k trees). None at all is a plain draw from p, which is how bonus tokens come about.
-    Recursive rejection (SpecInfer 2305.09781): accept the next proposal or subtract what it had a chance of giving, then go on.
+    proposals: tokens drawn one after another from q [V] (replace=False: without replacement, as in EAGLE), or any
+    tokens if q is None (point masses: prompt lookup, top-k trees), or none at all: a plain draw, the bonus token.
+    Recursive rejection (SpecInfer 2305.09781): accept the next proposal, or subtract what it could have given.
 
     >>> select(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), [0], Rng())        # p(0) = 0 is never emitted
     1
@@ -636,9 +639,9 @@ def select(p, q, proposals, rng, replace=True, relax=exact):
 
 
 def kseq_factor(p, q, k):
-    """The smallest rho in [1, k] with 1 - (1 - beta(rho))^k <= rho beta(rho), beta = sum_x min(q, p / rho), by bisection."""
+    """The smallest rho in [1, k] with 1 - (1 - beta)^k <= rho beta, beta = sum_x min(q, p / rho); `high` always is."""
     low, high = 1.0, float(k)
-    for _ in range(25 if k > 1 else 0):  # `high` is valid at every step, so that the number of steps costs nothing but acceptance
+    for _ in range(25 if k > 1 else 0):
         rho = (low + high) / 2
         beta = float(torch.minimum(q, p / rho).sum())
         low, high = (low, rho) if 1 - (1 - beta) ** k <= rho * beta else (rho, high)
@@ -646,7 +649,7 @@ def kseq_factor(p, q, k):
 
 
 def select_kseq(p, q, proposals, rng):
-    """K-SEQ (SpecTr, 2310.15141): k independent draws from q, each accepted with min(1, p / (rho q)); k = 1 is `select`."""
+    """K-SEQ (SpecTr 2310.15141): k independent draws from q, accepted with min(1, p / (rho q)); k = 1 is `select`."""
     k = len(proposals)
     rho = kseq_factor(p, q, k) if k else 1.0
     for x in proposals:
@@ -654,13 +657,13 @@ def select_kseq(p, q, proposals, rng):
             return x
     if k == 0:
         return rng.choice(p)
-    emitted = torch.minimum(q, p / rho)  # what one draft gives; the k of them together give it (1 - (1 - beta)^k) / beta times
-    beta = float(emitted.sum())
-    return rng.choice(residual(p, emitted * ((1 - (1 - beta) ** k) / beta if beta else 0.0)))
+    one = torch.minimum(q, p / rho)  # what one draft emits; all k of them emit (1 - (1 - beta)^k) / beta times as much
+    beta = float(one.sum())
+    return rng.choice(residual(p, one * ((1 - (1 - beta) ** k) / beta if beta else 0.0)))
 
 
-# Relaxations accept more and are *not* exact. With `exact`'s residual the price of a higher acceptance a' >= a is known:
-# TV(output, p) = sum_x q (a' - a), "each accepted token you gain is paid for in total variation" (LANTERN changes the residual too: no such bound).
+# Relaxations accept more and are *not* exact. If only the acceptance grows, from a to a' >= a, the price is known:
+# TV(output, p) = sum_x q (a' - a), each token gained is paid for. (Not so LANTERN: it changes the residual too.)
 
 
 def lenience(p, q, x, factor=0.5):
@@ -669,7 +672,7 @@ def lenience(p, q, x, factor=0.5):
 
 
 def grouped(p, q, x, near):
-    """GSD (2508.07747): compare the mass of x's whole cluster; near [V, m] lists each token's nearest codes, itself first."""
+    """GSD (2508.07747): compare the mass of x's cluster; near [V, m]: the nearest codes of each token, itself first."""
     cluster = near[x]
     return p.gather(-1, cluster).sum(-1) / q.gather(-1, cluster).sum(-1), p
 
@@ -677,7 +680,7 @@ def grouped(p, q, x, near):
 def lantern(p, q, x, near, delta=0.1):
     """LANTERN (2410.03355): x borrows the mass of its nearest codes, as many as keep the sum within delta.
 
-    delta bounds the change of the target *per drafted token*; the output mixes such targets, and its TV to p can exceed delta.
+    delta bounds the change of the target *per drafted token*; the output mixes such targets: its TV can exceed delta.
     """
     others = near[x][..., 1:]
     mass = p.gather(-1, others)
@@ -690,15 +693,15 @@ def lantern(p, q, x, near, delta=0.1):
 # ---------------------------------------------------------------------------------------------------------------------
 # The idea, 2: one loop for every method
 # ---------------------------------------------------------------------------------------------------------------------
-# A *path* is the tuple of tokens drafted after the text so far; () is the text itself. A drafter proposes a tree {path: (q, proposals)}: at
-# this path, these tokens, drawn from this law. A chain is a tree with one proposal per path. Sorted paths are the tree in depth-first
-# pre-order, so that a subtree is a run of rows and the attention mask is one integer per column (kernels.tree).
+# A *path* is the tuple of tokens drafted after the text so far; () is the text itself. A drafter proposes a tree
+# {path: (q, proposals)}: at this path these tokens, drawn from this law; a chain is a tree with one proposal per path.
+# Sorted, the paths are the tree in depth-first pre-order, so that a subtree is a run of rows and the attention mask one
+# integer per column (see kernels.tree).
 #
-#     text  t h e _      {(): (q, [c, d])}       paths  (c) (c,a) (d)        rows   e_  c  ca  d          e_ sees the text
-#                        {(c,): (q, [a])}                                           c and d see it and themselves; ca also sees c
-#
-# A *model* answers laws(out, paths) -> {path: law of the next token}. Its cache of keys and values is preallocated; `length` rows of it are
-# valid, so a rollback is one assignment. Invariant after every call of `keep`: length == len(out) - 1, the last token is not yet in.
+#     tree {(): (q, [c, d]), (c,): (q, [a])}      paths (c) (c, a) (d)      rows _ c a d      _ sees the text; c: _ c;
+#                                                                                             a: _ c a; d: _ d
+# A *model* answers laws(out, paths) -> {path: law of the next token}. Its cache of keys and values is allocated once,
+# `length` says how many rows are valid: a rollback is one assignment. Invariant between calls: length == len(out) - 1.
 
 
 class Output:
@@ -714,7 +717,7 @@ class Output:
             if not self.done:
                 self.tokens.append(token)
                 self.done = token == self.stop or len(self.tokens) == self.limit
-        self.blocks.append(len(self.tokens) - before)  # one target call: accepted drafts, then one token of the target's own
+        self.blocks.append(len(self.tokens) - before)  # of one target call: accepted drafts, then its own token
 
     @property
     def calls(self):
@@ -735,13 +738,13 @@ def plain(target, prompt, rng, n, stop=None):
 
 
 def speculate(target, drafter, prompt, rng, n, gamma=4, select=select, stop=None):
-    """Speculative decoding with any drafter (chain, tree, lookup, Jacobi ...) and any `select`; the output has `plain`'s law.
+    """Speculative decoding with any drafter (chain, tree, lookup, Jacobi) and any `select`; the law is that of `plain`.
 
-    By induction over the path: the token selected at a path has law p[path] whatever was proposed there, and the proposals further down
-    were drawn without looking at that choice. At temperature 0 the laws are one-hot and the output *is* the greedy one.
+    By induction along the path: the token selected at a path has law p[path] whatever was proposed there, and the
+    proposals further down were drawn without looking at it. At temperature 0 the output *is* the greedy one.
     """
     if getattr(drafter, "vocab", target.vocab) != target.vocab:
-        raise UserError(f"the drafter speaks {drafter.vocab} tokens, the target {target.vocab}: both must use one tokenizer")
+        raise UserError(f"the drafter has {drafter.vocab} tokens, the target {target.vocab}: use one tokenizer")
     out = Output(prompt, n, stop)
     while not out.done:
         base = len(out.tokens)
@@ -759,12 +762,12 @@ def speculate(target, drafter, prompt, rng, n, gamma=4, select=select, stop=None
 
 
 class Model:
-    """Cache bookkeeping shared by the real model and the table of the proofs. Rows [0, length) hold out's tokens, then come the paths."""
+    """Cache bookkeeping, one for the real model and the table of the proofs: rows of the text, then of the paths."""
 
     length, paths = 0, [()]
 
     def keep(self, base, path):
-        """Of the tree that was fed after `base` tokens keep the branch `path`, less its last token (nobody has fed that one yet)."""
+        """Of the tree fed after `base` tokens keep the branch `path`, less its last token, which nobody has fed."""
         rows = [base - 1 + self.paths.index(path[:i]) for i in range(len(path))]
         if rows != list(range(base - 1, base - 1 + len(rows))):  # a chain lies there already
             self.move(base - 1, rows)
@@ -775,11 +778,11 @@ class Model:
 
 
 class Stream(Model):
-    """One sequence being written: a GPT (or its first `depth` layers), a cache of `size` rows, a warp (keywords of `warp`)."""
+    """One sequence being written: a GPT or its first `depth` layers, a cache of `size` rows, the keywords of `warp`."""
 
     def __init__(self, net, size, depth=None, **warp):
         if size > len(net.cos):
-            raise UserError(f"{size} tokens do not fit the {len(net.cos)} positions of the model: shorten the prompt or --new")
+            raise UserError(f"{size} tokens exceed the {len(net.cos)} positions of the model: shorten prompt or --new")
         self.net, self.vocab, self.depth, self.warp = net, net.head.out_features, depth, warp
         self.kv = net.cache(1, size, depth)
 
@@ -790,8 +793,9 @@ class Stream(Model):
         tokens = out[start:] + [path[-1] for path in paths]
         places = [*range(start, len(out)), *(len(out) - 1 + len(path) for path in paths)]  # siblings share a position
         device = self.kv.device
-        x = self.net(torch.tensor([tokens], device=device), torch.tensor(places, device=device), self.kv, slice(start, start + rows),
-                     self.mask(text, rows) if rows > 1 else None, self.depth)
+        tokens, places = torch.tensor([tokens], device=device), torch.tensor(places, device=device)
+        mask = self.mask(text, rows) if rows > 1 else None
+        x = self.net(tokens, places, self.kv, slice(start, start + rows), mask, self.depth)
         self.features, self.length = x[0, text - 1:], len(out)
         return dict(zip(self.paths, warp(self.net.logits(self.features), **self.warp).cpu()))
 
@@ -803,13 +807,13 @@ class Stream(Model):
         end = torch.full((self.length + rows,), rows)  # a column is seen by later rows until its subtree ends
         depths = [len(path) for path in self.paths[1:]]
         if depths != sorted(set(depths)):  # a chain has but one branch
-            ends = [next((i for i in range(j + 1, len(depths)) if depths[i] <= depths[j]), len(depths)) for j in range(len(depths))]
-            end[self.length + text:] = text + torch.tensor(ends)
+            later = lambda j: (i for i in range(j + 1, len(depths)) if depths[i] <= depths[j])
+            end[self.length + text:] = torch.tensor([text + next(later(j), len(depths)) for j in range(len(depths))])
         return torch.ones(rows, len(end), dtype=torch.bool).tril(self.length) & (torch.arange(rows)[:, None] < end)
 
     def keep(self, base, path):
         super().keep(base, path)
-        self.feature = self.features[self.paths.index(path[:-1])]  # what the target thought when it chose the last token
+        self.feature = self.features[self.paths.index(path[:-1])]  # the hidden state that led to the last token
 
     def move(self, first, rows):
         self.kv[..., first : first + len(rows), :] = self.kv[..., rows, :]
@@ -821,13 +825,13 @@ class Stream(Model):
 
 
 class ChainDraft:
-    """gamma tokens in a row from any model of the next token: a small GPT, the first layers of the target, or one of the models below."""
+    """gamma tokens in a row from any model: a small GPT, the first layers of the target, or one of the models below."""
 
     def __init__(self, model):
         self.model, self.vocab = model, model.vocab
 
     def propose(self, out, gamma, rng):
-        self.model.length = min(self.model.length, len(out) - 1)  # rollback; after a full acceptance the cache is one token short, and is fed two
+        self.model.length = min(self.model.length, len(out) - 1)  # after a full acceptance it is fed two
         tree, path = {}, ()
         for _ in range(gamma):
             q = self.model.laws(out + list(path))[()]
@@ -840,14 +844,18 @@ class ChainDraft:
 
 
 class TreeDraft(ChainDraft):
-    """A tree, level by level, widths[d] proposals per path of length d: "drawn" from q, "distinct" (without replacement), or its "top" ones."""
+    """A tree, level by level, widths[d] proposals per path of length d.
+
+    how: "drawn" from q, "distinct" (without replacement), or the "top" ones: chosen, not drawn, so point masses
+    (EAGLE-2, Medusa, token recycling).
+    """
 
     def __init__(self, model, widths, how="distinct"):
         super().__init__(model)
         self.widths, self.how = widths, how
 
     def draw(self, q, width, rng):
-        if self.how == "top":  # chosen, not drawn: a point mass each (EAGLE-2, Medusa, token recycling)
+        if self.how == "top":
             return None, q.topk(min(width, len(q))).indices.tolist()
         left, tokens = q, []
         for _ in range(width if self.how == "drawn" else min(width, int((q > 0).sum()))):
@@ -866,9 +874,9 @@ class TreeDraft(ChainDraft):
 
 
 class NGram(Model):
-    """Interpolated counts, p_n = (count + k p_{n-1}) / (total + k), updated with every token emitted (the table of ADED, 2407.12021).
+    """Interpolated counts p_n = (count + k p_{n-1}) / (total + k), updated with every token emitted (ADED 2407.12021).
 
-    Costs microseconds and no training beyond counting. Any law is a legal draft, so that the lowest orders may stay as they were fitted.
+    Costs microseconds, and no training but counting. Any law is a legal draft: the lowest order stays as fitted.
     """
 
     def __init__(self, vocab, data=(), order=4, k=5.0, dtype=torch.float32):
@@ -906,24 +914,25 @@ class NGram(Model):
 
 
 class Jacobi(Model):
-    """Speculative Jacobi decoding (2410.01699): the draft for a position is the law that the target itself gave there in its last call.
+    """Speculative Jacobi decoding (2410.01699): draft from the law that the target gave this position in its last call.
 
-    That law was conditioned on guesses since refuted, which is what makes it a draft. `init` (position -> law) serves positions never seen.
-    Exact because the recorded law is the one drawn from. At temperature 0 this is Jacobi's fixed-point iteration (2305.10427).
+    That law was conditioned on guesses since refuted, so it is only a draft; `init` (position -> law) serves positions
+    never seen. Exact because the recorded law is the one drawn from. At temperature 0: Jacobi's iteration (2305.10427).
     """
 
     def __init__(self, init):
         self.init, self.memory, self.vocab = init, {}, len(init(0))
 
     def laws(self, out, paths=()):
-        return {path: self.memory[n] if (n := len(out) + len(path)) in self.memory else self.init(n) for path in [(), *paths]}
+        places = {path: len(out) + len(path) for path in [(), *paths]}
+        return {path: self.memory[n] if n in self.memory else self.init(n) for path, n in places.items()}
 
     def update(self, out, base, p):
         self.memory = {base + len(path): law for path, law in p.items()}
 
 
 class Recycle(Model):
-    """Token recycling (2408.08696): what followed this token last time? Use with TreeDraft(..., "top"); every verified node teaches it."""
+    """Token recycling (2408.08696): what followed this token last time? For "top" trees; learns from every node."""
 
     def __init__(self, vocab):
         self.vocab, self.rows = vocab, torch.full((vocab, vocab), 1.0 / vocab)
@@ -937,11 +946,11 @@ class Recycle(Model):
 
 
 class Heads(Model):
-    """Medusa heads (2401.10774): head j guesses the token j + 1 places after the one that the target's last hidden state led to."""
+    """Medusa heads (2401.10774): head j guesses the token j + 1 places after the one the hidden state led to."""
 
     def __init__(self, target, heads):
         self.target, self.heads, self.vocab, self.rows, self.end = target, heads, target.vocab, [], 0
-        self.blank = torch.full((target.vocab,), 1.0 / target.vocab, dtype=torch.float64)  # before the first call, and beyond the last head
+        self.blank = torch.full((target.vocab,), 1.0 / target.vocab, dtype=torch.float64)  # when no head knows
 
     @torch.inference_mode()
     def update(self, out, base, p):
@@ -954,7 +963,7 @@ class Heads(Model):
 
 
 class Lookup(Model):
-    """Prompt lookup: find the last place where the last `order` .. 1 tokens occurred before, propose what followed. No law, no model."""
+    """Prompt lookup: find the last earlier place of the last `order` .. 1 tokens, propose what followed. No law."""
 
     def __init__(self, order=4):
         self.order = order
@@ -974,7 +983,7 @@ class Lookup(Model):
 
 
 class JacobiBatch:
-    """`Jacobi` for B rows: memory (B, S, V) of laws by position, at first those of `init` (S, V). With gamma = 0 it is plain decoding."""
+    """`Jacobi` for B rows: memory (B, S, V) of laws by position, at first `init` (S, V). gamma = 0 is plain."""
 
     def __init__(self, init, batch):
         self.memory = init.expand(batch, -1, -1).clone()
@@ -989,7 +998,7 @@ class JacobiBatch:
 
 
 class ChainBatch:
-    """A draft GPT for B rows. It is also fed its last guess, so that no row's cache is ever short: one cheap call for equal shapes."""
+    """A draft GPT for B rows. It is also fed its last guess, so that no cache is ever short: one more cheap call."""
 
     def __init__(self, net, batch, size, **warp):
         self.net, self.kv, self.warp = net, net.cache(batch, size), warp
@@ -1016,8 +1025,9 @@ def batch_laws(net, kv, tokens, slots, settings):
 def speculate_batch(net, drafter, prompts, rng, n, gamma=4, relax=exact, watch=None, **settings):
     """`speculate` with chains for B prompts (B, P) at once -> tokens (B, P + n), target calls per row (B,).
 
-    Rows accept different numbers of tokens, so each has its own length; one that is done idles until all are. All decisions of a call are
-    drawn at once and those behind the first refusal ignored: `kernels.verify` is this in one kernel. `watch` collects some (p, q) pairs.
+    Rows accept different numbers of tokens, so each has its own length; one that is done idles until all are. All
+    decisions of a call are drawn at once, those behind the first refusal ignored (`kernels.verify`: the same as one
+    kernel). `watch`: a list for some (p, q) pairs.
     """
     (B, start), device = prompts.shape, prompts.device
     row, step, limit = torch.arange(B, device=device), torch.arange(gamma + 1, device=device), start + n
@@ -1034,7 +1044,8 @@ def speculate_batch(net, drafter, prompts, rng, n, gamma=4, relax=exact, watch=N
         accepted = rng.bern(ratio.clamp(max=1)).long().cumprod(1).sum(1)
         if watch is not None:
             watch.append((p[active, 0][:4], (q if gamma else p)[active, 0][:4]))
-        law, q = torch.cat([law, p[:, -1:]], 1)[row, accepted], F.pad(q, (0, 0, 0, 1))[row, accepted]  # nothing to subtract from the bonus law
+        law = torch.cat([law, p[:, -1:]], 1)[row, accepted]
+        q = F.pad(q, (0, 0, 0, 1))[row, accepted]  # nothing to subtract from the law of the bonus token
         tokens[row, length + accepted] = rng.choice(residual(law, q))
         drafter.update(length, p)
         calls += active
@@ -1048,7 +1059,7 @@ def speculate_batch(net, drafter, prompts, rng, n, gamma=4, relax=exact, watch=N
 
 
 class Replay:
-    """A random number generator that takes prescribed decisions first, then always the first possible one, noting the others in `todo`."""
+    """Follows prescribed decisions first, then takes the first possible one and notes the others in `todo`."""
 
     def __init__(self, prefix=()):
         self.prefix, self.trace, self.weight, self.todo = prefix, [], 1.0, []
@@ -1073,7 +1084,7 @@ class Replay:
 
 
 def law_of(decode):
-    """The exact law of decode(rng), a dict outcome -> probability: run it once for every sequence of random outcomes that can happen.
+    """The exact law of decode(rng), outcome -> probability: run it once for every sequence of decisions possible.
 
     >>> law_of(lambda rng: rng.bern(0.25) and rng.bern(0.5))
     {False: 0.875, True: 0.125}
@@ -1104,20 +1115,21 @@ def joint(law, prompt, n, stop=None):
 class Table(Model):
     """A language model small enough to enumerate: after every prefix a fixed random law, in float64.
 
-    It plays the KV cache too: a row holds the prefix it was computed from, and a call on top of rows that do not belong to the text fails.
-    So a wrong rollback or a wrong move of tree rows is found, though it might change no token.
+    It plays the KV cache too: a row holds the prefix it was computed from, and a call on top of rows of another text
+    fails. So a wrong rollback is found even where it would only spoil the acceptance, which no test of outputs can see.
     """
 
     def __init__(self, vocab, seed=0):
         self.vocab, self.seed, self.cache = vocab, seed, []
 
     def law(self, tokens):
-        w = torch.rand(self.vocab, generator=torch.Generator().manual_seed(hash((self.seed, *tokens))), dtype=torch.float64) ** 2
+        g = torch.Generator().manual_seed(hash((self.seed, *tokens)))
+        w = torch.rand(self.vocab, generator=g, dtype=torch.float64) ** 2
         return w / w.sum()
 
     def laws(self, out, paths=()):
         text = [tuple(out[: i + 1]) for i in range(len(out))]
-        assert self.length < len(out) and self.cache[: self.length] == text[: self.length], "the cache does not hold the text"
+        assert self.length < len(out) and self.cache[: self.length] == text[: self.length], "stale cache"
         self.paths, self.length = [(), *paths], len(out)
         self.cache = text + [text[-1] + path for path in paths]
         return {path: self.law((*out, *path)) for path in self.paths}
@@ -1136,7 +1148,7 @@ def tiny_gpt(seed, vocab=3, dim=8, depth=2):
 
 
 def cases():
-    """name -> (decode(rng) -> tokens, truth() -> the true law): every exact decoder, on the smallest problem that takes all of its branches."""
+    """name -> (decode(rng) -> tokens, truth() -> true law): every decoder, on a problem with all its branches."""
     uniform = lambda vocab: torch.full((vocab,), 1.0 / vocab, dtype=torch.float64)
     found = {}
 
@@ -1167,7 +1179,7 @@ def cases():
     net, small, heads = tiny_gpt(0), tiny_gpt(1, depth=1), Medusa(8, 2).double().requires_grad_(False)
     stream = lambda net, depth=None: Stream(net, 16, depth)
     add("GPT: chain", 3, 3, lambda _: ChainDraft(stream(small)), target=lambda: stream(net))
-    add("GPT: tree, distinct", 3, 3, lambda _: TreeDraft(stream(small), (2, 1)), target=lambda: stream(net), select=distinct)
+    add("GPT: tree", 3, 3, lambda _: TreeDraft(stream(small), (2, 1)), target=lambda: stream(net), select=distinct)
     add("GPT: self-exit", 3, 3, lambda _: ChainDraft(stream(net, 1)), target=lambda: stream(net))
     add("GPT: heads", 3, 3, lambda model: ChainDraft(Heads(model, heads)), target=lambda: stream(net))
 
@@ -1175,36 +1187,44 @@ def cases():
         nets = tiny_gpt(2, vocab), tiny_gpt(3, vocab, depth=1)
         prompts = torch.arange(B)[:, None] % vocab
         one = lambda b: joint(lambda tokens: stream(nets[0]).laws(tokens)[()], (b % vocab,), n).items()
-        truth = lambda: {tuple(y for y, _ in ys): math.prod(w for _, w in ys) for ys in itertools.product(*map(one, range(B)))}
-        decode = lambda rng: tuple(map(tuple, speculate_batch(nets[0], make(nets[1], B), prompts, rng, n, gamma)[0][:, 1:].tolist()))
+        rows = lambda: itertools.product(*map(one, range(B)))
+        truth = lambda: {tuple(y for y, _ in row): math.prod(w for _, w in row) for row in rows()}
+        run = lambda rng: speculate_batch(nets[0], make(nets[1], B), prompts, rng, n, gamma)[0]
+        decode = lambda rng: tuple(map(tuple, run(rng)[:, 1:].tolist()))
         return decode, truth
     found["batch of 1, chain"] = batch(lambda net, B: ChainBatch(net, B, 16), 1, 3, 3, 1)
     found["batch of 2, Jacobi"] = batch(lambda net, B: JacobiBatch(uniform(2).expand(16, 2), B), 2, 2, 2, 1)
     return found
 
 
-MUTANTS = [  # (what goes wrong, the case that must notice, a line of this file, what to write instead); most are reported bugs of well-known code
+MUTANTS = [  # what goes wrong, the case that must notice it, a line of this file, what to write instead
     ("after a rejection draw from p, not from the residual", "chain", "p = residual(law, draft)", "p = law"),
     ("the ratio uses the q of the position before", "chain", "q, proposals = tree.get(path, (None, ()))",
      "proposals = tree.get(path, (None, ()))[1]; q = tree.get(path[:-1], (None,))[0]"),
     ("the bonus token comes from the draft", "chain", "path += (select(p[path], q, proposals, rng),)",
      "path += (select(p[path] if proposals else drafter.model.laws(out.tokens + list(path))[()], q, proposals, rng),)"),
-    ("a token is lost after a rejection", "chain", "out.emit(path)", "out.emit(path if path[:-1] in paths[-1:] else path[:-1] or path)"),
+    ("a token is lost after a rejection", "chain", "out.emit(path)",
+     "out.emit(path if path[:-1] in paths[-1:] else path[:-1] or path)"),
     ("drafts are argmax, the ratio uses the softmax", "chain", "(q, [rng.choice(q)])", "(q, [int(q.argmax())])"),
-    ("text goes on behind the stop token", "chain, stop token", "if not self.done:", "if len(self.tokens) < self.limit:"),
-    ("the target's cache keeps refused tokens", "chain", "self.length = base - 1 + len(rows)", "self.length = base - 1 + len(self.paths)"),
-    ("the draft's cache keeps refused tokens", "chain", "self.model.length = min(self.model.length, len(out) - 1)", "pass"),
-    ("tree rows are not moved", "GPT: tree, distinct", "self.kv[..., first : first + len(rows), :] = self.kv[..., rows, :]", "pass"),
-    ("siblings see each other", "GPT: tree, distinct", "if depths != sorted(set(depths)):", "if False:"),
+    ("text goes on after a stop token", "chain, stop token", "if not self.done:", "if len(self.tokens) < self.limit:"),
+    ("the target's cache keeps refused tokens", "chain", "self.length = base - 1 + len(rows)",
+     "self.length = base - 1 + len(self.paths)"),
+    ("the draft's cache keeps refused tokens", "chain",
+     "self.model.length = min(self.model.length, len(out) - 1)", "pass"),
+    ("tree rows are not moved", "GPT: tree",
+     "self.kv[..., first : first + len(rows), :] = self.kv[..., rows, :]", "pass"),
+    ("siblings see each other", "GPT: tree", "if depths != sorted(set(depths)):", "if False:"),
     ("without replacement, but q is not renormalised", "tree, distinct", "q = residual(q, point(q, x))", "pass"),
     ("K-SEQ with rho below its root", "K-SEQ", "return high", "return max(1.0, 0.8 * high)"),
-    ("batch: one row's refusal stops the others", "batch of 2, Jacobi", ".cumprod(1).sum(1)", ".cumprod(1).sum(1).amin().expand(B)"),
-    ("batch: q is subtracted from the bonus law too", "batch of 1, chain", "F.pad(q, (0, 0, 0, 1))[row", "torch.cat([q, q[:, -1:]], 1)[row"),
+    ("batch: one row's refusal stops the others", "batch of 2, Jacobi", ".cumprod(1).sum(1)",
+     ".cumprod(1).sum(1).amin().expand(B)"),
+    ("batch: q is subtracted from the bonus law too", "batch of 1, chain", "F.pad(q, (0, 0, 0, 1))[row",
+     "torch.cat([q, q[:, -1:]], 1)[row"),
 ]
 
 
 def run_mutant(old, new, case):
-    """This file up to here with one edit: the total variation of its `case`, or infinity if the table of the proofs noticed a stale cache."""
+    """This file up to here with one edit: total variation of `case`, infinity if the table met a stale cache."""
     source = pathlib.Path(__file__).read_text(encoding="utf-8").split("\nMUTANTS = [")[0]
     if old not in source:
         raise UserError(f"the mutant edits {old!r}, which this file no longer contains")
@@ -1217,9 +1237,9 @@ def run_mutant(old, new, case):
 
 
 def optimal_acceptance(p, q, n):
-    """The most that n independent drafts can achieve with any exact rule: min over sets H of p(H) + 1 - q(H)^n (2502.18779).
+    """The most that n independent drafts can give under any exact rule: min over H of p(H) + 1 - q(H)^n (2502.18779)
 
-    The minimiser is a prefix of the tokens sorted by q / p, so that V + 1 sets suffice.
+    The minimiser is a prefix of the tokens sorted by q / p: V + 1 sets suffice.
     """
     order = (q / p).argsort(descending=True)
     taken = torch.cat([torch.zeros(1), p[order].cumsum(0)]) + 1 - torch.cat([torch.zeros(1), q[order].cumsum(0)]) ** n
@@ -1227,7 +1247,7 @@ def optimal_acceptance(p, q, n):
 
 
 def acceptance(p, q, n, how, select):
-    """The exact probability that `select` returns one of n proposals, by enumeration of the drafting and of the selection."""
+    """The exact probability that `select` returns one of n proposals, by enumerating the drafting and the selection."""
     def hit(rng):
         law, proposals = TreeDraft(Table(len(q)), (), how).draw(q, n, rng)
         return select(p, law, proposals, rng) in proposals
@@ -1248,7 +1268,7 @@ def multi_draft_table(pairs=20, vocab=5):
 
 
 def selected_law(p, q, relax):
-    """-> law of the emitted token [V] and acceptance, for one token drafted from q and selected under `relax`, in closed form."""
+    """-> law of the emitted token [V] and acceptance, for one draft from q selected under `relax`, in closed form."""
     every = torch.arange(len(p), device=p.device)
     ratio, law = relax(p.expand(len(p), -1), q.expand(len(p), -1), every)
     drafted = torch.where(q > 0, q * ratio.nan_to_num(0).clamp(max=1), 0)
@@ -1257,9 +1277,13 @@ def selected_law(p, q, relax):
 
 
 def price(p, q, relax):
-    """Mean over rows of (total variation of the output to p, acceptance gained over the exact rule)."""
-    found = [(selected_law(a, b, relax), a, float(torch.minimum(a, b).sum())) for a, b in zip(p, q)]
-    return statistics.fmean(float((law - a).abs().sum()) / 2 for (law, _), a, _ in found), statistics.fmean(acc - alpha for (_, acc), _, alpha in found)
+    """Means over rows p, q [..., V]: total variation of the output to p, acceptance gained over the exact rule."""
+    paid, gained = [], []
+    for a, b in zip(p, q):
+        law, accepted = selected_law(a, b, relax)
+        paid.append(float((law - a).abs().sum()) / 2)
+        gained.append(accepted - float(torch.minimum(a, b).sum()))
+    return statistics.fmean(paid), statistics.fmean(gained)
 
 
 def verify(out):
@@ -1271,7 +1295,7 @@ def verify(out):
         law = law_of(decode)
         tv[name] = total_variation(law, truth[name])
         print(f"  {name:24} {tv[name]:8.1e}   {len(law)} outcomes", flush=True)
-    print("mutants: one line of this file edited; each must differ (inf: the cache check of the table model stopped it)")
+    print("mutants: one line of this file edited; each must differ (inf: stopped by the cache check)")
     caught = {}
     for what, case, old, new in MUTANTS:
         caught[what] = run_mutant(old, new, case)
@@ -1281,11 +1305,13 @@ def verify(out):
     for n, row in table.items():
         print(f"  n = {n}   " + "   ".join(f"{name} {value:.3f}" for name, value in row.items()))
     worst, missed = max(tv.values()), [what for what, x in caught.items() if x < 1e-6]
-    print(f"worst exact decoder {worst:.1e}; {len(caught) - len(missed)} of {len(caught)} mutants caught; {time.time() - began:.0f} s")
+    print(f"worst exact decoder {worst:.1e}; {len(caught) - len(missed)} of {len(caught)} mutants caught; "
+          f"{time.time() - began:.0f} s")
     draw_proof(tv, caught, out)
     if worst > 1e-12 or missed:
         raise SystemExit(f"nano_spec: the proof FAILED: worst total variation {worst}, mutants not caught: {missed}")
-    return {"tv": tv, "mutants": {what: x if x < math.inf else "cache check" for what, x in caught.items()}, "multi_draft": table}
+    caught = {what: x if x < math.inf else "cache check" for what, x in caught.items()}
+    return {"tv": tv, "mutants": caught, "multi_draft": table}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1415,7 +1441,7 @@ class Muon(torch.optim.Optimizer):
 
 @dataclasses.dataclass
 class Data:
-    """Sequences to learn: text (N,) or images (N, 1 + 64) with the class token first. `decode`: image tokens -> uint8 images."""
+    """Sequences to learn: text (N,), or images (N, 1 + 64) with the class token first."""
     name: str
     train: torch.Tensor
     test: torch.Tensor
@@ -1425,7 +1451,7 @@ class Data:
     codebook: torch.Tensor = None
 
     def batch(self, config, step, device):
-        """The sequences of one step, int64 (B, T + 1). A pure function of seed and step: nothing of it needs to be saved."""
+        """The sequences of one step (B, T + 1): a pure function of seed and step, nothing of it needs to be saved."""
         g = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         if self.images is None:
             starts = torch.randint(len(self.train) - config.block, (config.batch, 1), generator=g)
@@ -1442,9 +1468,10 @@ def load_data(config, codebook=None):
         return Data(name, train, test, 256, 256)
     images = load_images(config.data or "glyphs", config.seed)
     codebook = fit_codebook(images.train, config.codebook, config.seed) if codebook is None else codebook
-    tokens = [kernels.nearest_code(patches_of(x).flatten(0, 1), codebook).view(-1, 64) for x in (images.train, images.test)]
-    train, test = (torch.cat([labels[:, None] + len(codebook), x], 1) for x, labels in zip(tokens, (images.train_labels, images.test_labels)))
-    return Data(images.name, train, test, len(codebook) + images.classes, len(codebook), images, codebook)
+    K, code = len(codebook), lambda x: kernels.nearest_code(patches_of(x).flatten(0, 1), codebook).view(-1, 64)
+    train = torch.cat([images.train_labels[:, None] + K, code(images.train)], 1)
+    test = torch.cat([images.test_labels[:, None] + K, code(images.test)], 1)
+    return Data(images.name, train, test, K + images.classes, K, images, codebook)
 
 
 def make_models(config, data, device):
@@ -1480,28 +1507,34 @@ def test_nats(net, data, config, device):
     x = data.test
     if data.images is None:
         x = x[: len(x) // (config.block + 1) * (config.block + 1)].view(-1, config.block + 1)[:256]
-    parts = [part.to(device) for part in x.split(64)]
-    return sum(float(F.cross_entropy(net.logits(net(y[:, :-1])).float().flatten(0, 1), y[:, 1:].flatten())) * len(y) for y in parts) / len(x)
+    total = 0.0
+    for part in x.to(device).split(64):
+        logits = net.logits(net(part[:, :-1])).float()
+        total += float(F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())) * len(part)
+    return total / len(x)
 
 
 def make_optimizers(module, config):
     matrices = [p for name, p in module.named_parameters() if p.ndim == 2 and name.startswith(("blocks", "layers"))]
     inside = {id(p) for p in matrices}
     rest = [p for p in module.parameters() if id(p) not in inside]
-    return [Muon(matrices, lr=config.lr), torch.optim.AdamW(rest, lr=config.lr_adam, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [Muon(matrices, lr=config.lr), torch.optim.AdamW(rest, config.lr_adam, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def train(config, models, data, device, dtype, out):
-    """Train target, draft and heads, one after the other; last.pt while it runs, best.pt at the end. -> the state in best.pt."""
-    stages = {"target": config.steps, "draft": config.draft_steps, "medusa": config.head_steps if config.task == "text" else 0}
-    state = {"config": dataclasses.asdict(config), "codebook": data.codebook, "stage": 0, "step": 0, "nats": {}, "seconds": 0.0}
+    """Target, draft and heads, one after the other: last.pt on the way, best.pt at the end. -> the state in best.pt."""
+    stages = {"target": config.steps, "draft": config.draft_steps}
+    if config.task == "text":
+        stages["medusa"] = config.head_steps
+    state = {"config": dataclasses.asdict(config), "codebook": data.codebook, "stage": 0, "step": 0, "nats": {},
+             "seconds": 0}
     if config.resume:
         state |= load_checkpoint(out / "last.pt")
         models.load_state_dict(state["model"])
     began = time.time() - state["seconds"]
     with Interrupt() as stop:
         for number, (stage, steps) in enumerate(stages.items()):
-            if number < state["stage"] or steps == 0:
+            if number < state["stage"]:
                 continue
             optimizers = make_optimizers(models[stage], config)
             base = [o.param_groups[0]["lr"] for o in optimizers]
@@ -1515,7 +1548,8 @@ def train(config, models, data, device, dtype, out):
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     loss = loss_of(stage, models, data.batch(config, step, device), config)
                 if not math.isfinite(loss.item()):
-                    raise UserError(f"the loss of the {stage} is {loss.item()} at step {step}: lower --lr; {out / 'last.pt'} is the last good state")
+                    raise UserError(f"the loss of the {stage} is {loss.item()} at step {step}: lower --lr; "
+                                    f"{out / 'last.pt'} holds the last good state, if any")
                 loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -1524,9 +1558,10 @@ def train(config, models, data, device, dtype, out):
                 bar.update(loss=loss.item())
                 if state["step"] % 200 == 0 or stop.asked:
                     state["seconds"] = time.time() - began
-                    save_checkpoint(out / "last.pt", state | {"model": models.state_dict(), "optimizers": [o.state_dict() for o in optimizers]})
+                    save_checkpoint(out / "last.pt", state | {"model": models.state_dict(),
+                                                              "optimizers": [o.state_dict() for o in optimizers]})
                 if stop.asked:
-                    raise KeyboardInterrupt(f"{stage}, step {state['step']} is saved; go on with the same command and --resume")
+                    raise KeyboardInterrupt(f"{stage} step {state['step']} is saved; add --resume to go on")
             if stage != "medusa":
                 state["nats"][stage] = test_nats(models[stage], data, config, device)
             state |= {"stage": number + 1, "step": 0}
@@ -1546,15 +1581,16 @@ def warp_settings(config):
 
 
 def drafters(config, models, data, size):
-    """name -> (target -> drafter, select, the case that proves it). Counts and memories are shared by all runs, caches are new in each."""
+    """name -> (target -> drafter, select, the case that proves it). All runs share counts and memories, not caches."""
     ngram, recycle = NGram(data.answers, data.train), Recycle(data.answers)
     unigram = torch.bincount(data.train, minlength=data.answers).add(1).float()
     stream = lambda net, depth=None: Stream(net, size, depth, **warp_settings(config))
-    wide = lambda *first: (*first, *[1] * 8)
+    draft, wide = lambda: stream(models["draft"]), lambda *first: (*first, *[1] * 8)
+    distinct, lenient = functools.partial(select, replace=False), functools.partial(select, relax=lenience)
     return {
-        "draft GPT": (lambda t: ChainDraft(stream(models["draft"])), select, "GPT: chain"),
-        "draft GPT, tree": (lambda t: TreeDraft(stream(models["draft"]), wide(2)), functools.partial(select, replace=False), "GPT: tree, distinct"),
-        "draft GPT, K-SEQ": (lambda t: TreeDraft(stream(models["draft"]), wide(2), "drawn"), select_kseq, "K-SEQ"),
+        "draft GPT": (lambda t: ChainDraft(draft()), select, "GPT: chain"),
+        "draft GPT, tree": (lambda t: TreeDraft(draft(), wide(2)), distinct, "GPT: tree"),
+        "draft GPT, K-SEQ": (lambda t: TreeDraft(draft(), wide(2), "drawn"), select_kseq, "K-SEQ"),
         "first layers": (lambda t: ChainDraft(stream(t.net, config.exit)), select, "GPT: self-exit"),
         "Medusa heads": (lambda t: ChainDraft(Heads(t, models["medusa"])), select, "GPT: heads"),
         "n-gram": (lambda t: ChainDraft(ngram), select, "n-gram"),
@@ -1562,12 +1598,12 @@ def drafters(config, models, data, size):
         "prompt lookup": (lambda t: Lookup(), select, "prompt lookup"),
         "token recycling": (lambda t: TreeDraft(recycle, wide(3, 2), "top"), select, "token recycling"),
         "Jacobi (SJD)": (lambda t: ChainDraft(Jacobi(lambda n: unigram / unigram.sum())), select, "Jacobi (SJD)"),
-        "n-gram, lenience": (lambda t: ChainDraft(ngram), functools.partial(select, relax=lenience), None),
+        "n-gram, lenience": (lambda t: ChainDraft(ngram), lenient, None),
     }
 
 
 def watched(select, log):
-    """`select` that also notes p, q, the closed-form acceptance of the first proposal, and whether a proposal was taken."""
+    """`select` that also notes p, q, the acceptance of the first proposal in closed form, and whether one was taken."""
     def spy(p, q, proposals, rng):
         y = select(p, q, proposals, rng)
         if proposals:
@@ -1598,9 +1634,9 @@ def cost_table(target, text, rows=(1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25, 49)):
 
 
 def explain(row, make, choose, target, prompt, text, costs, config):
-    """Add to a row what does not come from its timing: alpha, and the speed-up that tau and separately measured costs predict.
+    """Add to a row what does not come from its timing: alpha, and the speed-up that tau and costs predict.
 
-    speed-up = tau t(1) / (t_draft(gamma) + t(rows)): tokens per call over the price of a call, both in units of plain decoding.
+    speed-up = tau t(1) / (t_draft(gamma) + t(rows)): tokens per call over the price of a call.
     """
     drafter, log, gamma, target.length = make(target), [], row["gamma"], 0
     speculate(target, drafter, prompt, Rng(99), config.new, gamma, watched(choose, log))
@@ -1608,18 +1644,19 @@ def explain(row, make, choose, target, prompt, text, costs, config):
     drafting = seconds_of(lambda: drafter.propose(text, gamma, Rng(0)), 9)
     checking = float(np.interp(1 + len(nodes), list(costs), list(costs.values())))
     alpha = statistics.fmean([closed for _, _, closed, _ in log] or [0.0])
-    row |= {"alpha": alpha, "accepted": statistics.fmean([hit for *_, hit in log] or [0.0]), "draft_cost": drafting / gamma / costs[1],
-            "tau_if_iid": sum(alpha ** i for i in range(gamma + 1)), "predicted_speedup": row["tau"] * costs[1] / (drafting + checking)}
+    row |= {"alpha": alpha, "tau_if_iid": sum(alpha ** i for i in range(gamma + 1)),
+            "draft_cost": drafting / gamma / costs[1],
+            "predicted_speedup": row["tau"] * costs[1] / (drafting + checking)}
     if not row["exact"]:
         row["tv"] = price(*zip(*[(p, q) for p, q, *_ in log[:40]]), lenience)[0]
 
 
 def bench_text(config, models, data, tv):
-    """Every method at gamma 1 .. 8 beside plain decoding, all in turn in this process -> rows for metrics.json, cost table."""
-    size = 32 + config.new + 64
-    target, every = Stream(models["target"], size, **warp_settings(config)), len(data.test) // config.prompts
+    """Every method at gamma 1 .. 8 beside plain decoding, all in turn in this process -> rows, cost table."""
+    size, every = 32 + config.new + 64, len(data.test) // config.prompts
+    target, methods = Stream(models["target"], size, **warp_settings(config)), drafters(config, models, data, size)
     prompts = [data.test[i * every:i * every + 32].tolist() for i in range(config.prompts)]
-    text, methods, rows, gammas = data.test[:32 + config.new // 2].tolist(), drafters(config, models, data, size), [], (1, 2, 3, 4, 6, 8)
+    text, gammas, rows = data.test[:32 + config.new // 2].tolist(), (1, 2, 3, 4, 6, 8), []
     costs, bar = cost_table(target, text), Progress(len(gammas), "bench")
 
     def timed(decode):
@@ -1634,12 +1671,16 @@ def bench_text(config, models, data, tv):
             for name, (make, choose, _) in methods.items():
                 drafter = make(target)
                 runs[name].append(timed(lambda: speculate(target, drafter, prompt, Rng(i), config.new, gamma, choose)))
-        middle, least = ({name: f(t for t, _ in r) for name, r in runs.items()} for f in (statistics.median, min))
+        middle = {name: statistics.median(t for t, _ in r) for name, r in runs.items()}
+        per_prompt = lambda run: (min(t for t, _ in run[i::len(prompts)]) for i in range(len(prompts)))
+        least = {name: sum(per_prompt(run)) for name, run in runs.items()}
         for name, (make, choose, proof) in methods.items():
             tau = config.new * len(runs[name]) / sum(out.calls for _, out in runs[name])
-            rows.append({"name": name, "task": "text", "exact": proof is not None, "gamma": gamma, "tau": tau, "calls_per_token": 1 / tau,
-                         "speedup": middle["plain"] / middle[name], "speedup_of_minima": least["plain"] / least[name],
-                         "ms_per_token": 1000 * middle[name] / config.new, "ms_per_token_plain": 1000 * middle["plain"] / config.new, "tv": tv.get(proof)})
+            rows.append({"name": name, "task": "text", "exact": proof is not None, "gamma": gamma, "tau": tau,
+                         "calls_per_token": 1 / tau, "speedup": middle["plain"] / middle[name],
+                         "speedup_of_minima": least["plain"] / least[name], "tv": tv.get(proof),
+                         "ms_per_token": 1000 * middle[name] / config.new,
+                         "ms_per_token_plain": 1000 * middle["plain"] / config.new})
             explain(rows[-1], make, choose, target, prompts[0], text, costs, config)
         bar.update()
     return rows, costs
@@ -1647,16 +1688,18 @@ def bench_text(config, models, data, tv):
 
 def best_rows(rows):
     """The row of every method at the gamma that was fastest."""
-    return [max((r for r in rows if r["name"] == name), key=lambda r: r["speedup"]) for name in dict.fromkeys(r["name"] for r in rows)]
+    names = dict.fromkeys(r["name"] for r in rows)
+    return [max((r for r in rows if r["name"] == name), key=lambda r: r["speedup"]) for name in names]
 
 
 def print_text(rows, costs):
     print(f"target: {1000 * costs[1]:.2f} ms for one token; k tokens at once cost, in units of that:  "
           + "  ".join(f"{k}: {t / costs[1]:.2f}" for k, t in costs.items()))
-    print(f"{'method at its best gamma':25} gamma  alpha    tau  calls/token  speed-up (of minima)  predicted  one draft/t(1)")
+    print("method at its best gamma  gamma  alpha    tau  calls/token  speed-up (of minima)  predicted  draft/t(1)")
     for r in best_rows(rows):
-        print(f"{r['name']:25} {r['gamma']:5} {r['alpha']:6.2f} {r['tau']:6.2f} {r['calls_per_token']:12.2f} {r['speedup']:9.2f} {r['speedup_of_minima']:12.2f}"
-              f" {r['predicted_speedup']:10.2f} {r['draft_cost']:15.3f}" + ("" if r["exact"] else f"   NOT exact: TV {r['tv']:.2f} per token"))
+        print(f"{r['name']:25} {r['gamma']:5} {r['alpha']:6.2f} {r['tau']:6.2f} {r['calls_per_token']:12.2f} "
+              f"{r['speedup']:9.2f} {r['speedup_of_minima']:12.2f} {r['predicted_speedup']:10.2f} {r['draft_cost']:8.3f}"
+              + ("" if r["exact"] else f"   NOT exact: TV {r['tv']:.2f} per token"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1751,7 +1794,7 @@ def nearest_images(images, pool):
 
 
 def image_methods(config, models, data, device):
-    """-> {name: (batch size -> drafter, gamma, relaxation)}, position prior (S, V): how often each code stands at each position"""
+    """-> {name: (batch size -> drafter, gamma, relaxation)}, prior (S, V): how often a code stands at a position"""
     K, W = data.answers, config.window
     size = 65 + 2 * W  # a window may look beyond the end
     uniform = torch.full((size, K), 1.0 / K, device=device)
@@ -1772,44 +1815,46 @@ def image_methods(config, models, data, device):
 def draw(config, models, data, method, labels, device, watch=None):
     """Images of the classes `labels` (N,) by one of the methods -> uint8 (N, 32, 32), target calls (N,)"""
     (make, gamma, relax), rng, found = method, Rng(config.seed, device), []
-    for part in (labels + data.answers).split(250):
-        found.append(speculate_batch(models["target"], make(len(part)), part[:, None].to(device), rng, 64, gamma, relax, watch, **warp_settings(config)))
+    for part in (labels + data.answers).to(device).split(250):
+        found.append(speculate_batch(models["target"], make(len(part)), part[:, None], rng, 64, gamma, relax, watch,
+                                     **warp_settings(config)))
     tokens, calls = (torch.cat(x).cpu() for x in zip(*found))
     return images_of(tokens[:, 1:], data.codebook), calls
 
 
 def bench_images(config, models, data, tv, device):
-    """Calls, gFD and class accuracy of every method on as many samples; gFD is the mean of four quarters, with its standard error."""
-    judge = train_judge(data.images.train, data.images.train_labels, data.images.classes, device, config.seed)
-    real, labels = (data.images.test, data.images.test_labels), torch.arange(config.samples // 4 * 4) % data.images.classes
-    quarters = lambda images: [image_metrics(judge, x, y, *real) for x, y in zip(images.chunk(4), labels.chunk(4))]
+    """Calls, gFD (mean of four quarters, with its standard error) and class accuracy of every method."""
+    pictures, labels = data.images, torch.arange(config.samples // 4 * 4) % data.images.classes
+    judge = train_judge(pictures.train, pictures.train_labels, pictures.classes, device, config.seed)
+    test = judged(judge, pictures.test)[0]
     methods, prior = image_methods(config, models, data, device)
     rows, shown, bar = [], {}, Progress(len(methods), "images")
     for name, method in methods.items():
         pairs, start = [], time.perf_counter()
         images, calls = draw(config, models, data, method, labels, device, pairs)
-        seconds, tau, lossless = (time.perf_counter() - start) / len(labels), 64 / float(calls.double().mean()), method[2] is exact
-        found, shown[name] = quarters(images), images[:10]
-        gfd = [m["gfd"] for m in found]
+        seconds, tau, lossless = time.perf_counter() - start, 64 / float(calls.double().mean()), method[2] is exact
+        features, seen = judged(judge, images)
+        gfd, shown[name] = [frechet_distance(part, test) for part in features.chunk(4)], images[:10]
         p, q = (torch.cat(side)[:60] for side in zip(*pairs))
-        rows.append({"name": name, "task": "image", "exact": lossless, "gamma": method[1], "alpha": float(torch.minimum(p, q).sum(-1).mean()),
-                     "tau": tau, "calls_per_token": 1 / tau, "calls_per_image": 64 / tau, "gfd": statistics.fmean(gfd), "gfd_se": statistics.stdev(gfd) / 2,
-                     "class_accuracy": statistics.fmean(m["class_accuracy"] for m in found), "ms_per_image": 1000 * seconds,
+        rows.append({"name": name, "task": "image", "exact": lossless, "gamma": method[1], "tau": tau,
+                     "alpha": float(torch.minimum(p, q).sum(-1).mean()), "calls_per_token": 1 / tau,
+                     "calls_per_image": 64 / tau, "gfd": statistics.fmean(gfd), "gfd_se": statistics.stdev(gfd) / 2,
+                     "class_accuracy": float((seen == labels).double().mean()),
+                     "ms_per_image": 1000 * seconds / len(labels),
                      "tv": tv.get("batch of 2, Jacobi") if lossless else price(p, q, method[2])[0]})
         rows[-1]["speedup"] = rows[0]["ms_per_image"] / rows[-1]["ms_per_image"]
         bar.update()
-    some, test = slice(0, len(labels) // 4), judged(judge, real[0])[0]
-    levels = {"gfd_floor": data.images.train[some], "rfd": images_of(data.train[some, 1:], data.codebook)}
-    return rows, shown, prior, {name: frechet_distance(judged(judge, images)[0], test) for name, images in levels.items()}
+    some = slice(0, len(labels) // 4)
+    levels = {"gfd_floor": pictures.train[some], "rfd": images_of(data.train[some, 1:], data.codebook)}
+    return rows, shown, prior, {name: frechet_distance(judged(judge, x)[0], test) for name, x in levels.items()}
 
 
 def print_images(rows, extra):
     print(f"gFD of as many training images {extra['gfd_floor']:.2f} (floor), through the tokenizer {extra['rfd']:.2f}")
-    print(f"{'method':20} calls/image  saved   gFD +- s.e.   class accuracy   ms/image in a batch   total variation to the target per token")
+    print("method               calls/image  saved   gFD +- s.e.   class accuracy   ms/image   TV per token")
     for r in rows:
-        tv = "0 (exact)" if r["exact"] else f"{r['tv']:.2f}  NOT exact"
-        print(f"{r['name']:20} {r['calls_per_image']:11.1f} {r['tau']:6.2f} {r['gfd']:7.2f} +- {r['gfd_se']:.2f} {r['class_accuracy']:13.3f} {r['ms_per_image']:17.1f}"
-              f"        {tv}")
+        print(f"{r['name']:20} {r['calls_per_image']:11.1f} {r['tau']:6.2f} {r['gfd']:7.2f} +- {r['gfd_se']:.2f} "
+              f"{r['class_accuracy']:13.3f} {r['ms_per_image']:13.1f}   " + ("0" if r["exact"] else f"{r['tv']:.2f}  NOT exact"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1858,13 +1903,14 @@ def draw_text(rows, costs, out):
     figure, axes = new_figure(15, 4.6, 1, 3)
     cost, tau, speed = axes[0]
     cost.plot(list(costs), [t / costs[1] for t in costs.values()], ".-")
-    cost.set(xlabel="k, tokens in one target call", ylabel="t(k) / t(1)", ylim=(0, None), title="what checking more tokens costs")
+    cost.set(xlabel="k, tokens in one call", ylabel="t(k) / t(1)", ylim=(0, None), title="what checking more tokens costs")
     best = best_rows(rows)
     for i, name in enumerate(r["name"] for r in best):
         mine = [r for r in rows if r["name"] == name]
-        tau.plot([r["gamma"] for r in mine], [r["tau"] for r in mine], ".-" if mine[0]["exact"] else ".:", color=f"C{i % 10}", label=name)
-    tau.plot([r["gamma"] for r in rows if r["name"] == best[0]["name"]], [r["tau_if_iid"] for r in rows if r["name"] == best[0]["name"]], "k--", lw=1,
-             label="draft GPT if all its alphas were equal")
+        gammas, style = [r["gamma"] for r in mine], ".-" if mine[0]["exact"] else ".:"
+        tau.plot(gammas, [r["tau"] for r in mine], style, color=f"C{i % 10}", label=name)
+        if i == 0:
+            tau.plot(gammas, [r["tau_if_iid"] for r in mine], "k--", lw=1, label="the same if every alpha were equal")
     tau.set(xlabel="gamma, drafted tokens per call", ylabel="tau, tokens per call", title="what a call gives")
     tau.legend(fontsize=6)
     labels = [f"{r['name']}, gamma {r['gamma']}{'' if r['exact'] else ' (not exact)'}" for r in best]
@@ -1886,9 +1932,11 @@ def draw_trace(output, out, width=64):
         y, x = divmod(i, width)
         shown = chr(token) if 32 <= token < 127 else "\u21b5" if token == 10 else "\u00b7"
         axes[0, 0].fill([x, x + 1, x + 1, x], [y, y, y + 1, y + 1], color=colour)
-        axes[0, 0].text(x + 0.5, y + 0.5, shown.replace("$", r"\$"), family="monospace", fontsize=8, ha="center", va="center")
+        style = dict(family="monospace", fontsize=8, ha="center", va="center")
+        axes[0, 0].text(x + 0.5, y + 0.5, shown.replace("$", r"\$"), **style)
     axes[0, 0].set(xlim=(0, width), ylim=(lines, 0))
-    axes[0, 0].set_title(f"grey: prompt; green: drafted and accepted; orange: chosen by the target; {output.tau:.2f} bytes per target call", fontsize=9)
+    title = "grey: prompt; green: drafted and accepted; orange: chosen by the target;"
+    axes[0, 0].set_title(f"{title} {output.tau:.2f} bytes per target call", fontsize=9)
     axes[0, 0].axis("off")
     save_figure(figure, out / "trace.png")
 
@@ -1896,13 +1944,14 @@ def draw_trace(output, out, width=64):
 def draw_images(shown, rows, models, data, prior, window, out):
     """images.png: ten samples of every method; beside them, of exact SJD, which call wrote which patch."""
     figure, axes = new_figure(12, 5, 1, 2)
-    show_images(axes[0, 0], torch.cat(list(shown.values())), 10, "samples; calls per image, gFD")
+    show_images(axes[0, 0], torch.cat(list(shown.values())), 10, "method (*: not exact), calls per image, gFD; samples")
     for i, r in enumerate(rows):
-        axes[0, 0].text(-3, 33 * i + 16, f"{r['name']}{'' if r['exact'] else '*'}  {r['calls_per_image']:.0f}  {r['gfd']:.0f}", ha="right", va="center", fontsize=8)
+        words = f"{r['name']}{'' if r['exact'] else '*'}  {r['calls_per_image']:.0f}  {r['gfd']:.0f}"
+        axes[0, 0].text(-3, 33 * i + 16, words, ha="right", va="center", fontsize=8)
     maps = []
     for label in range(min(10, data.images.classes)):
-        target = Stream(models["target"], 66 + window)
-        one = speculate(target, ChainDraft(Jacobi(lambda n: prior[n].cpu())), [data.answers + label], Rng(label), 64, window)
+        drafter = ChainDraft(Jacobi(lambda n: prior[n].cpu()))
+        one = speculate(Stream(models["target"], 66 + window), drafter, [data.answers + label], Rng(label), 64, window)
         call = torch.tensor([i for i, n in enumerate(one.blocks) for _ in range(n)]).view(8, 8)
         image = images_of(torch.tensor(one.tokens[1:])[None], data.codebook)[0].numpy()[..., None] / 255
         tint = np.array([[0.25, 0.45, 0.8], [0.95, 0.6, 0.2]])[np.kron(call % 2, np.ones((4, 4), int))]
@@ -1917,24 +1966,26 @@ def draw_images(shown, rows, models, data, prior, window, out):
 
 
 def sample(config, models, data, device, out):
-    """Text: go on from a prompt with the exact chain of the draft, print it and colour it. Images: a page by exact SJD."""
+    """Text: go on from a prompt with the exact chain of the draft, print and colour it. Images: a page by exact SJD."""
     if data.images is not None:
         labels = torch.arange(100) % data.images.classes
-        images, calls = draw(config, models, data, image_methods(config, models, data, device)[0]["SJD"], labels, device)
+        methods, _ = image_methods(config, models, data, device)
+        images, calls = draw(config, models, data, methods["SJD"], labels, device)
         figure, axes = new_figure(5, 5.3)
         show_images(axes[0, 0], images, 10, f"exact SJD: {calls.double().mean():.1f} calls per image instead of 64")
         return save_figure(figure, out / "samples.png")
     prompt = list(config.prompt.encode()) or data.test[:32].tolist()
     size = len(prompt) + config.new + config.gamma + 1
-    stream = lambda name: Stream(models[name], size, **warp_settings(config))
-    output = speculate(stream("target"), ChainDraft(stream("draft")), prompt, Rng(config.seed), config.new, config.gamma)
+    target, draft = (Stream(models[name], size, **warp_settings(config)) for name in ("target", "draft"))
+    output = speculate(target, ChainDraft(draft), prompt, Rng(config.seed), config.new, config.gamma)
     print(bytes(output.tokens).decode("utf-8", "replace"))
     draw_trace(output, out)
 
 
 def check(config, metrics):
     """--check: exit with code 1 when a metric misses its band."""
-    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in BAND[config.task].items() if metrics[name] < least]
+    band = BAND[config.task].items()
+    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in band if metrics[name] < least]
     if config.check and missed:
         raise SystemExit(f"nano_spec: check failed: {'; '.join(missed)}")
 
@@ -1960,10 +2011,11 @@ def bench(config, models, data, device, tv, out):
     print_text(rows, costs)
     draw_text(rows, costs, out)
     best = max((r for r in rows if r["exact"]), key=lambda r: r["speedup"])
-    print(f"best exact method: {best['name']}, gamma {best['gamma']}: {best['speedup']:.2f} times plain decoding (predicted {best['predicted_speedup']:.2f}), "
-          f"tau {best['tau']:.2f}, {1000 / best['ms_per_token']:.0f} tokens/s")
-    return {"methods": rows, "costs": {str(k): t for k, t in costs.items()}, "best_speedup": best["speedup"], "best_predicted": best["predicted_speedup"],
-            "best_tau": best["tau"], "tokens_per_second": 1000 / best["ms_per_token"]}
+    speed = 1000 / best["ms_per_token"]
+    print(f"best exact method: {best['name']}, gamma {best['gamma']}: {best['speedup']:.2f} times plain decoding "
+          f"(predicted {best['predicted_speedup']:.2f}), tau {best['tau']:.2f}, {speed:.0f} tokens/s")
+    return {"methods": rows, "costs": {str(k): t for k, t in costs.items()}, "tokens_per_second": speed,
+            "best_speedup": best["speedup"], "best_predicted": best["predicted_speedup"], "best_tau": best["tau"]}
 
 
 def main(argv=None):
@@ -1973,7 +2025,7 @@ def main(argv=None):
     presets = PRESETS.get(peek.parse_known_args(argv)[0].task, PRESETS["text"])  # each task has its own defaults
     part, config = parse_config(Config, argv, PARTS, presets, __doc__)
     if config.dim % (4 * config.heads) or config.draft_dim % (4 * config.heads):
-        raise UserError(f"--dim {config.dim}, --draft-dim {config.draft_dim}: must be multiples of 4 times --heads {config.heads}")
+        raise UserError(f"--dim {config.dim} and --draft-dim {config.draft_dim} must be multiples of 4 x {config.heads} heads")
     thin = config.dim < 128 and not torch.cuda.is_available()  # then converting to bf16 costs more than it brings
     device, dtype, reason = pick_device(config.device, "fp32" if thin else "auto")
     keep_freed_memory()
@@ -1990,11 +2042,12 @@ def main(argv=None):
     data = load_data(config, saved and saved["codebook"])
     models = make_models(config, data, device)
     params = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    print(f"nano_spec: {reason}\n{config.task} {data.name}; target {config.depth} layers of {config.dim}, {params['target'] / 1e6:.2f} M parameters; "
-          f"draft 1 layer of {config.draft_dim}, {params['draft'] / 1e6:.2f} M", flush=True)
+    print(f"nano_spec: {reason}\n{config.task} {data.name}; target {config.depth} layers of {config.dim}, "
+          f"{params['target'] / 1e6:.2f} M parameters; draft 1 layer of {config.draft_dim}, {params['draft'] / 1e6:.2f} M")
     if part in ("all", "train"):
         saved = train(config, models, data, device, dtype, out)
-        print(f"test nats per token: target {saved['nats']['target']:.3f}, draft {saved['nats']['draft']:.3f}; trained in {saved['seconds']:.0f} s")
+        nats = saved["nats"]
+        print(f"test nats per token: target {nats['target']:.3f}, draft {nats['draft']:.3f}; {saved['seconds']:.0f} s")
     metrics |= {"params": params, "nats_per_token": saved["nats"], "train_seconds": saved["seconds"]}
     models.load_state_dict(saved["model"])
     models.requires_grad_(False).eval()
