@@ -154,7 +154,7 @@ class Config:
     quantizer: str = opt("vq", "how vectors become integers (see above)", choices=("vq", "rvq", "fsq", "lfq"), fixed=True)
     layout: str = opt("grid", "grid: a token per 4x4 cell; 1d: ordered tokens for the whole image", choices=("grid", "1d"), fixed=True)
     codebook: int = opt(256, "number of codes (of each codebook); a power of two for lfq; fsq takes --levels instead", low=2, high=16384, fixed=True)
-    code_dim: int = opt(8, "vq, rvq: numbers in a code vector", low=1, fixed=True)
+    code_dim: int = opt(0, "vq, rvq: numbers in a code vector; 0: 8 on the grid, 4 for 1d", low=0, fixed=True)
     depth: int = opt(2, "rvq: codebooks, that is, tokens per cell", low=1, high=16, fixed=True)
     levels: str = opt("8,6,5", "fsq: levels of each channel; their product is the number of codes", fixed=True)
     tokens: int = opt(16, "1d: tokens per image", low=1, high=256, fixed=True)
@@ -163,11 +163,11 @@ class Config:
     perturb: float = opt(0.0, "share of training images whose tokens are disturbed before decoding (RobustTok)", low=0, high=1, fixed=True)
     # model and training
     width: int = opt(64, "channels of the convolutions", low=8, fixed=True)
-    blocks: int = opt(2, "residual blocks in the encoder and in the decoder", low=1, fixed=True)
+    blocks: int = opt(1, "residual blocks in the encoder and in the decoder", low=1, fixed=True)
     steps: int = opt(1000, "optimizer steps", low=1, fixed=True)
-    batch: int = opt(64, "images per step", low=1, fixed=True)
+    batch: int = opt(128, "images per step", low=1, fixed=True)
     lr: float = opt(0.02, "learning rate of Muon, for the kernels and matrices inside the blocks", low=0, fixed=True)
-    lr_adam: float = opt(0.003, "learning rate of AdamW, for all else", low=0, fixed=True)
+    lr_adam: float = opt(0.01, "learning rate of AdamW, for all else", low=0, fixed=True)
     commitment: float = opt(0.25, "weight of the loss that pulls vectors to their codes", low=0, fixed=True)
     eval_every: int = opt(200, "steps between validations and checkpoints", low=1, fixed=True)
     samples: int = opt(2000, "images for the Frechet distance", low=10)
@@ -317,12 +317,11 @@ def glyphs(n, seed, masters=None):
     labels = torch.randint(10, (n,), generator=g)
     chosen = torch.randint(masters.shape[1], (n,), generator=g)
     u = lambda low, high: torch.rand(n, generator=g) * (high - low) + low
-    angle, shear, contrast = u(-0.25, 0.25), u(-0.2, 0.2), u(0.7, 1.0)
-    size = u(0.85, 1.25)
-    stretch = u(0.85, 1.15)
+    angle, shear, contrast = u(-0.2, 0.2), u(-0.2, 0.2), u(0.8, 1.0)
+    size, stretch = u(0.72, 1.0), u(0.85, 1.15)
     # rows of the 2 x 3 map from output to input coordinates: rotation, shear, scale, shift (all in units of half a picture)
-    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.12, 0.12)], 1),
-                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.12, 0.12)], 1)], 1)
+    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.1, 0.1)], 1),
+                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.1, 0.1)], 1)], 1)
     images = torch.empty(n, 32, 32, dtype=torch.uint8)
     for i in range(0, n, 1024):  # in chunks: the 64 x 64 samples before averaging take 16 KB an image
         part = slice(i, i + 1024)
@@ -386,7 +385,7 @@ def load_images(data, seed=0):
     """`glyphs`, a named set, or a path -> Images. A path, which has no test part of its own, is split 9:1 by seed."""
     if data == "glyphs":
         masters = glyph_masters()
-        return Images(data, *glyphs(10000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
+        return Images(data, *glyphs(20000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
     if data in IMAGE_SETS:
         folder, address, *sums = IMAGE_SETS[data]
         files = [read_idx(find_file(folder + name, address + name, "md5:" + md5)) for name, md5 in zip(IDX_FILES, sums)]
@@ -820,7 +819,7 @@ class FSQ(Quantizer):
         return digits / (self.levels // 2)  # into -1 .. 1
 
     def forward(self, z, generator=None):
-        bounded = fsq_bound(z, self.levels)
+        bounded = fsq_bound(3 * z, self.levels)  # z starts at about 1, the outer levels lie where tanh flattens, at 2 to 3
         digits = bounded.round()
         q = straight_through(self.scale(bounded), self.scale(digits))
         return q, fsq_index(digits, self.levels)[..., None], z.new_zeros(())
@@ -858,28 +857,6 @@ class Residual(nn.Module):
         return x + F.conv2d(F.relu(F.conv2d(F.relu(x), kernel(self.first), padding=1)), kernel(self.second), padding=1)
 
 
-class Read(nn.Module):
-    """Slots x (B, N, W) look into a memory (B, M, W) by attention, then think (an MLP). Both output layers start at zero."""
-
-    def __init__(self, width, heads=4):
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(self, x, memory):
-        split = lambda y: y.unflatten(-1, (-1, self.heads, x.shape[-1] // self.heads)).permute(2, 0, 3, 1, 4).float()  # (n, B, H, N, W/H)
-        q, (k, v) = split(self.query(norm(x)))[0], split(self.key_value(norm(memory)))
-        y = F.scaled_dot_product_attention(norm(q), norm(k), v)  # in fp32: on CPUs the bf16 backward is slower
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(norm(x))).square())
-
-
 class Tokenizer(nn.Module):
     """Images <-> tokens. `encode` and `decode` are the two halves; `forward` is both, for training."""
 
@@ -892,30 +869,23 @@ class Tokenizer(nn.Module):
         self.grid = (8, 8 * self.depth) if config.layout == "grid" else (1, self.slots * self.depth)
         self.stem = nn.Conv2d(1, width, 8, stride=4, padding=2)
         self.encoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
-        self.to_code, self.from_code = nn.Linear(width, dim), nn.Linear(dim, width)
+        neck = dim if config.layout == "grid" else 8  # channels of a cell, between convolutions and codes
+        self.to_code, self.from_code = nn.Linear(width, neck), nn.Linear(neck, width)
         self.decoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
         self.paint = nn.ConvTranspose2d(width, 1, 8, stride=4, padding=2)  # 4x4 pixels a cell, overlapping by 2
-        if config.layout == "1d":
-            self.place, self.query, self.slot, self.cell = (nn.Parameter(torch.randn(n, width) * 0.02) for n in (64, self.slots, self.slots, 64))
-            self.gather, self.scatter = (nn.ModuleList(Read(width) for _ in range(2)) for _ in range(2))
+        if config.layout == "1d":  # every token sees every cell: two dense layers each way
+            dense = lambda i, o: nn.Sequential(nn.Linear(i, 8 * width, bias=False), nn.ReLU(), nn.Linear(8 * width, o, bias=False))
+            self.gather, self.scatter = dense(64 * neck, self.slots * dim), dense(self.slots * dim, 64 * neck)
 
     def latents(self, images):
         """float (B, 32, 32) -> z (B, T, C)"""
-        x = self.encoder(self.stem(images[:, None])).flatten(2).mT
-        if self.layout == "1d":
-            grid, x = x + self.place, self.query.expand(len(x), -1, -1)
-            for read in self.gather:
-                x = read(x, torch.cat([x, grid], 1))
-        return self.to_code(norm(x)).float()
+        x = self.to_code(norm(self.encoder(self.stem(images[:, None])).flatten(2).mT))
+        return (x if self.layout == "grid" else self.gather(x.flatten(1)).unflatten(1, (self.slots, -1))).float()
 
     def paint_codes(self, q):
         """q (B, T, C) -> images float (B, 32, 32), not yet clamped"""
-        x = self.from_code(q)
-        if self.layout == "1d":
-            slots, x = x + self.slot, self.cell.expand(len(x), -1, -1)
-            for read in self.scatter:
-                x = read(x, torch.cat([x, slots], 1))
-        x = self.decoder(x.mT.unflatten(2, (8, 8)))
+        x = q if self.layout == "grid" else self.scatter(q.flatten(1)).unflatten(1, (64, -1))
+        x = self.decoder(self.from_code(x).mT.unflatten(2, (8, 8)))
         return self.paint(F.relu(x))[:, 0].float()
 
     def forward(self, images, generator):
@@ -926,8 +896,8 @@ class Tokenizer(nn.Module):
             if self.disturb:
                 swapped = [perturb(index[..., d], codes, self.disturb, generator) for d, codes in enumerate(self.quantizer.codes.detach())]
                 q = q + (self.quantizer.lookup(torch.stack(swapped, -1)) - q).detach()
-        if self.layout == "1d":  # half of the images keep all tokens, the others 1 .. T of them
-            keep = torch.randint(1, 2 * self.slots + 1, (len(q),), generator=generator).clamp(max=self.slots)
+        if self.layout == "1d":  # three images in four keep all tokens, the others 1 .. T of them
+            keep = torch.randint(1, 4 * self.slots + 1, (len(q),), generator=generator).clamp(max=self.slots)
             q = keep_prefix(q, keep.to(q.device))
         return self.paint_codes(q), index, loss
 
@@ -950,7 +920,7 @@ def make_quantizer(config):
         return FSQ([int(level) for level in config.levels.split(",")])
     if config.quantizer == "lfq":
         return LFQ(config.codebook.bit_length() - 1, config.commitment)
-    return VectorQuantizer(config.codebook, config.code_dim, config.depth if config.quantizer == "rvq" else 1, config.learned_codebook,
+    return VectorQuantizer(config.codebook, config.code_dim or (8 if config.layout == "grid" else 4), config.depth if config.quantizer == "rvq" else 1, config.learned_codebook,
                            config.cosine, config.commitment)
 
 
@@ -981,7 +951,7 @@ def train_judge(images, labels, classes, device, seed, epochs=4):
     with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
         torch.manual_seed(seed)
         judge = Judge(classes).to(device).train()
-        steps = max(epochs * len(images) // 128, 100)
+        steps = max(epochs * len(images) // 128, 50)
         optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
         bar = Progress(steps, "classifier")
