@@ -1,30 +1,34 @@
 """kernels: attention and sampling in Triton, each op beside the plain torch that it must equal.
 
-    attention          one kernel for every mask of the course: causal, next-scale, Markov, window, tree, padding    with gradients
+    attention          one kernel for every mask of the course: causal, next-scale, Markov, window, tree, padding
     decode_attention   a few new queries against a long KV cache, split over the keys
     scan_attention     "Attention as an RNN": the attention output of every prefix, streaming or all at once
     sample             temperature, top-k, top-p and the draw in one pass over the logits
     verify             speculative sampling: accept, resample or bonus for a batch of drafted chains
     nearest_code       argmin_k |x - c_k|^2 without the matrix of distances
 
-One idea carries the first three. Seen from one query, a set of keys is summed up by three numbers: m, its largest score; u, the sum of
-e^(s-m); w, the sum of e^(s-m) v. The summaries of two disjoint sets merge into the summary of their union, and attention is w / u:
+One idea carries the first three. Seen from one query, a set of keys is summed up by three numbers: m, its largest
+score; u, the sum of e^(s-m); w, the sum of e^(s-m) v. The summaries of two disjoint sets merge into the summary of
+their union, and attention is w / u of all keys:
 
-    flash attention      ((tile 0 + tile 1) + tile 2) + ...           a fold: one program walks over the keys of its queries
+    flash attention      ((tile 0 + tile 1) + tile 2) + ...           a fold: one program walks over its queries' keys
     split-K decoding     (chunk 0 + chunk 1) + (chunk 2 + chunk 3)    a tree: many programs share one query
     attention as an RNN  k0,  k0 + k1,  k0 + k1 + k2,  ...            a scan: every prefix is an answer
 
-CPU tensors take the torch path, CUDA tensors the kernel; `use("reference")` or `use("triton")` overrides that, `path(tensor)` says which runs
-and why. Nothing here needs a GPU, or Triton, to be imported. What a kernel does not support is a ValueError that says what to do.
+CPU tensors take the torch path, CUDA tensors the kernel; `use("reference")` or `use("triton")` overrides that, and
+`path(tensor)` says which runs and why. Nothing here needs a GPU, or Triton, to be imported. What a kernel does not
+support is a ValueError that says what to do.
 
-    python kernels.py                        errors of every op against float64; on a GPU also times and ratios to torch's own
-    python kernels.py --plot kernels.png     the same, drawn
-    pytest tests/test_kernels.py             the kernels themselves, without a GPU: interpreted, and compiled for sm_80 and sm_90
+    python kernels.py                      errors of every op against float64; on a GPU also times, beside torch's own
+    python kernels.py --plot kernels.png   the same, drawn
+    pytest tests/test_kernels.py           the kernels without a GPU: interpreted, and compiled for sm_80 and sm_90
 
-Each op in the same order: torch reference with its memory traffic, kernel, wrapper with checks and limits. Read `merge`, then `_fold`.
-Papers: online softmax (1805.02867), FlashAttention (2205.14135, 2307.08691), Flash-Decoding (Dao et al. 2023), Attention as an RNN
-(2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192, 2302.01318).
-Left out on purpose: dropout, paged caches, fp8, tensor descriptors and warp specialisation (faster on Hopper, hard to read).
+Each op in the same order: torch reference with its memory traffic, kernel, wrapper with checks, numerics and limits.
+Read `merge`, then `_fold`. Papers: online softmax (1805.02867), FlashAttention (2205.14135, 2307.08691),
+Flash-Decoding (Dao et al. 2023), Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781),
+speculative sampling (2211.17192, 2302.01318).
+Left out on purpose: dropout, paged caches, fp8; tensor descriptors and warp specialisation (faster on Hopper, but
+hard to read).
 """
 
 import argparse
@@ -38,7 +42,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one instruction; Triton 3.9 warns where this is not said
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one instruction; Triton 3.9 warns if unsaid
 try:
     import triton
     import triton.language as tl
@@ -58,7 +62,7 @@ class Path(NamedTuple):
 
 
 class use:
-    """Choose the path: `use("reference")` from here on, `with use("triton"): ...` for a block. "auto" is the default."""
+    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. Default: "auto"."""
 
     choice = "auto"
 
@@ -79,9 +83,11 @@ def interpreting():
 
 
 def path(x):
-    """Path(name, reason) that an op takes for tensor `x` under the present `use`. ValueError if the choice is impossible."""
+    """Path(name, reason) that an op takes for `x` under the present `use`. ValueError if that is impossible."""
     if use.choice == "reference":
         return Path("reference", 'chosen by use("reference")')
+    if torch.compiler.is_compiling() and use.choice == "auto":
+        return Path("reference", "inside torch.compile, which has attention kernels of its own")
     if x.is_cuda and triton is not None:
         major, minor = torch.cuda.get_device_capability(x.device)
         if major >= 8 or use.choice == "triton":
@@ -97,6 +103,17 @@ def path(x):
 def _check(ok, message):
     if not ok:
         raise ValueError(message)
+
+
+def _on_its_device(op):
+    """Triton launches on the current device: make that the device of the first argument."""
+
+    @functools.wraps(op)
+    def run(x, *args, **kwargs):
+        with torch.cuda.device_of(x):
+            return op(x, *args, **kwargs)
+
+    return run
 
 
 # --- the merge operator -----------------------------------------------------------------------------------------------
@@ -150,8 +167,8 @@ def _merge(m1, u1, w1, m2, u2, w2):
 class Mask:
     """Query i sees key j  iff  row_start[i] <= j < row_end[i]  and  i < col_end[j].
 
-    row_start, row_end (1 or B, N), col_end (1 or B, M): int32, on the CPU. O(N + M) numbers instead of N x M, and comparing
-    a few of them tells whether a whole tile is empty or full. `a & b` intersects. Build a mask once, use it in every layer.
+    row_start, row_end (1 or B, N), col_end (1 or B, M): int32, on the CPU. O(N + M) numbers instead of N x M, and
+    comparing a few tells whether a whole tile is empty or full. `a & b` intersects. Build once, use in every layer.
     """
 
     row_start: torch.Tensor
@@ -189,11 +206,11 @@ class Mask:
         return "\n\n".join("\n".join("".join(".#"[x] for x in row) for row in one[0].tolist()) for one in self.dense())
 
     def tiles(self, block_m, block_n):
-        """Which tiles a kernel visits, for every query tile and for every key tile: (bounds (1 or B, tiles, 4), first, last).
+        """Which tiles a kernel visits, per query tile and per key tile: (bounds (1 or B, tiles, 4), first, last).
 
-        bounds lo <= full_lo <= full_hi <= hi: tiles in full_lo..full_hi are seen whole, those before and after partly, no
-        others at all. first, last: which of these three runs occur anywhere. causal(8).tiles(2, 2): the query tile of rows
-        4, 5 has [0, 0, 4, 6]: keys 0..3 need no mask, 4..5 do, 6..7 are never read; first, last = 1, 3.
+        bounds lo <= full_lo <= full_hi <= hi: tiles within full_lo..full_hi are seen whole, those before and after
+        partly, others not at all. first, last: which of these three runs occur anywhere.
+        causal(8).tiles(2, 2): the queries 4, 5 have [0, 0, 4, 6]: keys 0..3 need no mask, 4..5 do, 6..7 are not read.
         """
         (n, m), (start, end, col) = self.shape, (self.row_start, self.row_end, self.col_end)
         (start_min, start_max), (end_min, end_max) = _extremes(start, block_m), _extremes(end, block_m)
@@ -209,9 +226,9 @@ class Mask:
 
         def make():
             per_sample = max(len(self.row_start), len(self.col_end))
-            start, end, col = (x.expand(per_sample, -1).contiguous() for x in (self.row_start, self.row_end, self.col_end))
+            lists = (x.expand(per_sample, -1).contiguous() for x in (self.row_start, self.row_end, self.col_end))
             bounds, first, last = self.tiles(block_m, block_n)[by_keys]
-            return Rule(*(x.to(device) for x in (start, end, col, bounds)), int(per_sample > 1)), first, last
+            return Rule(*(x.to(device) for x in (*lists, bounds)), int(per_sample > 1)), first, last
 
         return self.cached(make, "rule", str(device), block_m, block_n, by_keys)
 
@@ -237,14 +254,14 @@ def _extremes(x, block):
 
 
 def _runs(some, whole, block):
-    """Flags per tile (.., rows, tiles) -> the bounds, first and last of `Mask.tiles`; whole tiles count up to the first gap."""
+    """Flags per tile (.., rows, tiles) -> what `Mask.tiles` returns. Whole tiles count up to the first gap."""
     tiles = some.shape[-1]
     t = torch.arange(tiles)
     hi = torch.where(some, t + 1, 0).amax(-1)
     lo = torch.where(some, t, tiles).amin(-1).minimum(hi)
     full_lo = torch.where(whole, t, tiles).amin(-1)
     full_hi = torch.where(~whole & (t > full_lo[..., None]), t, tiles).amin(-1)
-    none = full_lo == tiles  # nothing whole: all of it goes to the run after, if others need that run too, else to the one before
+    none = full_lo == tiles  # nothing whole: all goes to the run after, if others need it too, else to the one before
     place = lo if bool((~none & (full_hi < hi)).any()) else hi
     bounds = torch.stack([lo, torch.where(none, place, full_lo), torch.where(none, place, full_hi), hi], -1)
     occurs = [k for k in range(3) if bool((bounds[..., k] < bounds[..., k + 1]).any())] or [0]
@@ -268,7 +285,7 @@ def full(n, m=None):
 
 @functools.lru_cache(maxsize=256)
 def causal(n, m=None):
-    """Every token sees itself and the past. With m > n keys the queries are the last n of m tokens, after a cached prefix.
+    """Every token sees itself and the past. With m > n keys the queries are the last n of m tokens (cached prefix).
 
     causal(4)  #...      causal(2, 5)  ####.
                ##..                    #####
@@ -294,7 +311,7 @@ def window(n, w):
 
 
 def scales(counts):
-    """Block-causal, for next-scale prediction (VAR): a token sees all tokens of its own and earlier scales. counts: tokens per scale.
+    """Next-scale prediction (VAR): a token sees all tokens of its own and earlier scales. counts: tokens per scale.
 
     scales([1, 2, 3])  #.....
                        ###...
@@ -329,9 +346,10 @@ def _scales(name, counts, previous):
 
 
 def tree(parents, prefix=0):
-    """Drafted tokens as a tree (SpecInfer): a node sees the prefix, its ancestors and itself. parents[i]: parent of node i, -1 for a root.
+    """Drafted tokens as a tree (SpecInfer): a node sees the prefix, its ancestors and itself.
 
-    Nodes are numbered depth first, so that a subtree is a run of columns and the N x N mask is one integer per column.
+    parents[i]: parent of node i, -1 for a root. Nodes are numbered depth first (pre-order), so that a subtree is a run
+    of columns and the N x N mask is one integer per column.
 
     tree([-1, 0, 1, 0])   0      #...
                          / \\     ##..
@@ -344,7 +362,8 @@ def tree(parents, prefix=0):
     for i, parent in enumerate(parents):
         while ancestors and ancestors[-1] != parent:
             ancestors.pop()
-        _check(parent == -1 or ancestors, f"tree: node {i} does not follow its parent {parent} depth first; renumber the nodes in pre-order")
+        follows = parent == -1 or ancestors
+        _check(follows, f"tree: node {i} does not follow its parent {parent}; renumber the nodes in pre-order")
         ancestors.append(i)
         for node in ancestors:
             end[node] = i + 1
@@ -353,7 +372,7 @@ def tree(parents, prefix=0):
 
 
 def padding(lengths, n, m=None):
-    """Ragged batch: the n queries of sample b see its first lengths[b] of m (default n) keys. `causal(n) & padding(lengths, n)` combines.
+    """Ragged batch: sample b has lengths[b] real keys of m (default n). Combine: `causal(n) & padding(lengths, n)`.
 
     padding([2, 3], 3)  ##.   ###
                         ##.   ###
@@ -370,8 +389,8 @@ def padding(lengths, n, m=None):
 def attention_reference(q, k, v, mask=None, scale=None):
     """softmax(q k^T scale) v written out, in any float dtype. Returns output (B, H, N, D) and log-sum-exp (B, H, N).
 
-    Traffic: writes and reads the N x M scores twice, 4 N M elements a head, where the kernel moves (2 N + 2 M) D: 64 times
-    less at N = M = 4096, D = 64. Rows that see nothing give 0 and -inf.
+    Traffic: writes and reads the N x M scores twice, 4 N M elements a head, where the kernel moves (2 N + 2 M) D:
+    64 times less at N = M = 4096, D = 64. Rows that see nothing give 0 and -inf.
     """
     k, v = _share_heads(q, k), _share_heads(q, v)
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -385,26 +404,22 @@ def _share_heads(q, k):
 
 
 def _attention_torch(q, k, v, mask, scale):
-    """torch's fused attention: is_causal where it applies, else a dense mask. On a CPU in float32: its bf16 backward is slow.
-
-    Short sequences on a CPU are faster written out, in the dtype of the inputs (64 x 64 scores: a training step by a quarter).
+    """torch's fused attention: is_causal where it applies, else a dense mask. On a CPU in float32, where its bf16
+    backward is slow; short sequences written out, in the inputs' dtype (at 64 tokens a training step gains a quarter).
     """
-    k, v, dtype = _share_heads(q, k), _share_heads(q, v), q.dtype
-    written_out = not q.is_cuda and q.shape[2] * k.shape[2] <= 256 * 256
-    if written_out and (mask is None or mask.name in ("full", "causal", "scales", "markov")):  # every row sees a key
-        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
-        if mask is not None and mask.name != "full":
-            seen = mask.dense(q.device)
-            scores = scores + torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -INF)
+    k, v, dtype, name = _share_heads(q, k), _share_heads(q, v), q.dtype, "full" if mask is None else mask.name
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and q.shape[2] * k.shape[2] <= 256**2 and name in ("full", "causal", "scales", "markov"):  # no empty rows
+        scores = (q * scale) @ k.mT
+        if name != "full":
+            hidden = ~mask.dense()[0, 0]
+            scores = scores + mask.cached(lambda: torch.zeros(mask.shape, dtype=dtype).masked_fill(hidden, -INF), dtype)
         return scores.softmax(-1) @ v  # softmax sums in float32 whatever the dtype
-    if not q.is_cuda and dtype in (torch.bfloat16, torch.float16):
+    if on_cpu and dtype in (torch.bfloat16, torch.float16):
         q, k, v = q.float(), k.float(), v.float()
-    if mask is None or mask.name == "full":
-        how = {}
-    elif mask.name == "causal" and q.shape[2] == k.shape[2]:
+    how = {"attn_mask": mask.dense(q.device)} if name != "full" else {}
+    if name == "causal" and q.shape[2] == k.shape[2]:
         how = {"is_causal": True}
-    else:
-        how = {"attn_mask": mask.dense(q.device)}
     return F.scaled_dot_product_attention(q, k, v, scale=scale, **how).to(dtype)
 
 
@@ -424,7 +439,7 @@ def _view(x):
 
 @jit
 def _load(x, b, h, rows, dims, n, D, CHECK):
-    """Tile (rows, dims) of head h of sample b; 0 outside its n x D matrix. CHECK is False where the rows are known to be inside."""
+    """Tile (rows, dims) of head h of sample b; 0 outside its n x D matrix. CHECK False: the rows are inside."""
     at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + dims[None, :] * x.dim
     if CHECK or dims.shape[0] != D:
         return tl.load(at, mask=(rows[:, None] < n) & (dims[None, :] < D), other=0.0)
@@ -438,8 +453,8 @@ def _store(x, tile, b, h, rows, dims, n, D):
 
 
 @jit
-def _seen(i, j, start, end, col, COLS):
-    """The mask of one tile, from integers; i, start, end and j, col broadcast against each other."""
+def _seen(i, start, end, j, col, COLS):
+    """The mask of one tile, from integers; i, start, end broadcast against j, col."""
     seen = (start <= j) & (j < end)
     if COLS:
         seen = seen & (i < col)
@@ -448,25 +463,28 @@ def _seen(i, j, start, end, col, COLS):
 
 @jit
 def _queries(rule, N, M, BLOCK_M):
-    """What one program of the two query-wise kernels works on: sample, head, its rows with their mask, and its tile bounds."""
+    """What a program of the two query-wise kernels works on: sample, head, rows, their mask, their tile bounds."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most under a causal mask: they start first
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # 64 bits: batch x heads x length x size overflows 32
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # batch x heads x rows x size exceeds 32 bits
     i, sample = tile * BLOCK_M + tl.arange(0, BLOCK_M), b * rule.per_sample
-    start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)  # rows beyond N: start = end = 0, they see nothing
-    end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)
-    return b, h, i, start, end, rule.col + sample * M, rule.bounds + (sample * tl.num_programs(0) + tile) * 4
+    start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)
+    end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)  # rows beyond N: start = end = 0, they see nothing
+    bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
+    return b, h, i, (i[:, None], start[:, None], end[:, None], rule.col + sample * M), bounds
 
 
 @jit
-def _fold(m, u, w, q, k, v, b, h, i, start, end, col, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, MASKED):
+def _fold(m, u, w, q, k, v, b, h, rows, lo, hi, M, scale, shape, MASKED):
     """Merge the key tiles lo..hi into the summaries of a tile of queries. This loop is flash attention."""
+    i, start, end, col = rows
+    D, BLOCK_N, COLS, PRECISION = shape
     d = tl.arange(0, w.shape[1])
     for j0 in range(lo, hi, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
         s = tl.dot(q, tl.trans(_load(k, b, h, j, d, M, D, MASKED)), input_precision=PRECISION)
         if MASKED:
             c = tl.load(col + j, mask=j < M, other=0) if COLS else j
-            s = tl.where(_seen(i[:, None], j[None, :], start[:, None], end[:, None], c[None, :], COLS), s, float("-inf"))
+            s = tl.where(_seen(i, start, end, j[None, :], c[None, :], COLS), s, float("-inf"))
         # `merge`, only that the tile's own u' = sum(p) and w' = p v come out relative to the common maximum at once
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
@@ -482,8 +500,8 @@ def _attention_forward(q, k, v, o, lse, rule, N, M, scale, GROUP: tl.constexpr, 
                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
                        COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (query tiles, heads, batch). scale holds log2 e."""
-    b, h, i, start, end, col, bounds = _queries(rule, N, M, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    b, h, i, rows, bounds = _queries(rule, N, M, BLOCK_M)
+    d, shape = tl.arange(0, BLOCK_D), (D, BLOCK_N, COLS, PRECISION)
     # 1. the empty summary
     m, u = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     w = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -491,14 +509,16 @@ def _attention_forward(q, k, v, o, lse, rule, N, M, scale, GROUP: tl.constexpr, 
     queries = _load(q, b, h, i, d, N, D, True)
     for run in tl.static_range(FIRST, LAST):
         lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        m, u, w = _fold(m, u, w, queries, k, v, b, h // GROUP, i, start, end, col, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, run != 1)
+        m, u, w = _fold(m, u, w, queries, k, v, b, h // GROUP, rows, lo, hi, M, scale, shape, run != 1)
     # 3. finish; a query that saw nothing has u = 0 and gives 0
     _store(o, w / tl.where(u == 0, 1.0, u)[:, None], b, h, i, d, N, D)
     tl.store(lse + (b * tl.num_programs(1) + h) * N + i, m + tl.log2(u), mask=i < N)  # in base 2, as backward wants it
 
 
 @jit
-def _fold_dq(dq, q, do, k, v, b, h, i, start, end, col, lse, delta, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, MASKED):
+def _fold_dq(dq, q, do, k, v, b, h, rows, lse, delta, lo, hi, M, scale, shape, MASKED):
+    i, start, end, col = rows
+    D, BLOCK_N, COLS, PRECISION = shape
     d = tl.arange(0, dq.shape[1])
     for j0 in range(lo, hi, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -506,42 +526,44 @@ def _fold_dq(dq, q, do, k, v, b, h, i, start, end, col, lse, delta, lo, hi, M, s
         p = tl.exp2(tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale - lse[:, None])
         if MASKED:
             c = tl.load(col + j, mask=j < M, other=0) if COLS else j
-            p = tl.where(_seen(i[:, None], j[None, :], start[:, None], end[:, None], c[None, :], COLS), p, 0.0)
+            p = tl.where(_seen(i, start, end, j[None, :], c[None, :], COLS), p, 0.0)
         dp = tl.dot(do, tl.trans(_load(v, b, h, j, d, M, D, MASKED)), input_precision=PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(keys.dtype), keys, dq, input_precision=PRECISION)
     return dq
 
 
 @jit
-def _attention_dq(q, k, v, o, do, dq, lse, delta, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-                  COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_dq(q, k, v, o, do, dq, lse, delta, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr,
+                  LAST: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (query tiles, heads, batch). With p = e^(s - lse) recomputed, dp = do v^T and delta = rowsum(do o):
     ds = p (dp - delta), dq = scale ds k. Stores delta for _attention_dkv, which runs after it."""
-    b, h, i, start, end, col, bounds = _queries(rule, N, M, BLOCK_M)
-    d, row = tl.arange(0, BLOCK_D), (b * tl.num_programs(1) + h) * N + i
+    b, h, i, rows, bounds = _queries(rule, N, M, BLOCK_M)
+    d, row, shape = tl.arange(0, BLOCK_D), (b * tl.num_programs(1) + h) * N + i, (D, BLOCK_N, COLS, PRECISION)
     queries, grads = _load(q, b, h, i, d, N, D, True), _load(do, b, h, i, d, N, D, True)
     rowsum = tl.sum(grads.to(tl.float32) * _load(o, b, h, i, d, N, D, True).to(tl.float32), 1)
     tl.store(delta + row, rowsum, mask=i < N)
     row_lse, acc = tl.load(lse + row, mask=i < N, other=0.0), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for run in tl.static_range(FIRST, LAST):
         lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        acc = _fold_dq(acc, queries, grads, k, v, b, h // GROUP, i, start, end, col, row_lse, rowsum, lo, hi, M, scale,
-                       D, BLOCK_N, COLS, PRECISION, run != 1)  # fmt: skip
+        acc = _fold_dq(acc, queries, grads, k, v, b, h // GROUP, rows, row_lse, rowsum, lo, hi, M, scale, shape,
+                       run != 1)  # fmt: skip
     _store(dq, acc * (scale * 0.6931471805599453), b, h, i, d, N, D)  # ln 2 takes the log2 e out of scale again
 
 
 @jit
-def _fold_dkv(dk, dv, k, v, q, do, b, h, j, col, rule, sample, lse, delta, lo, hi, N, scale, D, BLOCK_M, COLS, PRECISION, MASKED):
-    d = tl.arange(0, dk.shape[1])
+def _fold_dkv(dk, dv, k, v, q, do, b, h, j, col, rule, lse, delta, lo, hi, N, scale, shape, MASKED):
+    D, BLOCK_M, COLS, PRECISION = shape
+    d, sample = tl.arange(0, dk.shape[1]), b * rule.per_sample
     for i0 in range(lo, hi, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
         queries, row_lse = _load(q, b, h, i, d, N, D, MASKED), tl.load(lse + i, mask=i < N, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(queries), input_precision=PRECISION) * scale - row_lse[None, :])  # (keys, queries)
+        s = tl.dot(k, tl.trans(queries), input_precision=PRECISION)  # transposed: (keys, queries)
+        p = tl.exp2(s * scale - row_lse[None, :])
         if MASKED:
-            start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)
-            end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)
-            p = tl.where(_seen(i[None, :], j[:, None], start[None, :], end[None, :], col[:, None], COLS), p, 0.0)
+            start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)[None, :]
+            end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)[None, :]
+            p = tl.where(_seen(i[None, :], start, end, j[:, None], col[:, None], COLS), p, 0.0)
         grads, row_delta = _load(do, b, h, i, d, N, D, MASKED), tl.load(delta + i, mask=i < N, other=0.0)
         dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(grads), input_precision=PRECISION) - row_delta[None, :])
@@ -550,29 +572,31 @@ def _fold_dkv(dk, dv, k, v, q, do, b, h, j, col, rule, sample, lse, delta, lo, h
 
 
 @jit
-def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-                   COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (key tiles, key heads, batch). dv = p^T do, dk = scale ds^T q, summed here over the query heads of the group:
-    no atomics, so the result does not depend on the order in which programs run."""
+def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr,
+                   BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr,
+                   LAST: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Grid (key tiles, key heads, batch). dv = p^T do, dk = scale ds^T q, summed here over the query heads of the
+    group: no atomics, so the result does not depend on the order in which programs run."""
     tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     j, d, sample = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), b * rule.per_sample
     keys, values = _load(k, b, h, j, d, M, D, True), _load(v, b, h, j, d, M, D, True)
-    col, bounds = tl.load(rule.col + sample * M + j, mask=j < M, other=0), rule.bounds + (sample * tl.num_programs(0) + tile) * 4
+    col, shape = tl.load(rule.col + sample * M + j, mask=j < M, other=0), (D, BLOCK_M, COLS, PRECISION)
+    bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
     acc_k, acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for g in range(GROUP):
         head = h * GROUP + g
         row = (b * tl.num_programs(1) * GROUP + head) * N
         for run in tl.static_range(FIRST, LAST):
             lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-            acc_k, acc_v = _fold_dkv(acc_k, acc_v, keys, values, q, do, b, head, j, col, rule, sample, lse + row, delta + row, lo, hi, N, scale,
-                                     D, BLOCK_M, COLS, PRECISION, run != 1)  # fmt: skip
+            acc_k, acc_v = _fold_dkv(acc_k, acc_v, keys, values, q, do, b, head, j, col, rule, lse + row, delta + row,
+                                     lo, hi, N, scale, shape, run != 1)  # fmt: skip
     _store(dk, acc_k * (scale * 0.6931471805599453), b, h, j, d, M, D)
     _store(dv, acc_v, b, h, j, d, M, D)
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by head size, for 16-bit inputs. "sm_90" is Hopper, 227 KB of shared memory; "sm_80" all others,
-# the smallest of which have 99 KB. Chosen from compile reports, not by timing: no spills, wgmma in every product on Hopper.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) by head size, for 16-bit inputs. "sm_90" is Hopper, with 227 KB of shared
+# memory; "sm_80" all others, the smallest of which have 99 KB. Chosen from compile reports, not by timing: no spills,
+# and on Hopper wgmma in every product and two programs a multiprocessor at head size 64.
 TILES = {
     ("forward", "sm_90"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
     ("forward", "sm_80"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
@@ -612,8 +636,9 @@ def _launch(kernel, name, tensors, q, k, mask, scale):
     rule, first, last = mask.rule(q.device, block_m, block_n, name == "dkv")
     grid = (rule.bounds.shape[1], Hkv if name == "dkv" else H, B)
     tensors = [_view(x) if x.dim() == 4 else x for x in tensors]
-    kernel[grid](*tensors, rule, N, M, scale * LOG2_E, GROUP=H // Hkv, D=D, BLOCK_D=_padded(D), BLOCK_M=block_m, BLOCK_N=block_n,
-                 FIRST=first, LAST=last, COLS=mask.by_column, PRECISION=_precision(q), num_warps=warps, num_stages=stages)  # fmt: skip
+    kernel[grid](*tensors, rule, N, M, scale * LOG2_E, GROUP=H // Hkv, D=D, BLOCK_D=_padded(D), BLOCK_M=block_m,
+                 BLOCK_N=block_n, FIRST=first, LAST=last, COLS=mask.by_column, PRECISION=_precision(q),
+                 num_warps=warps, num_stages=stages)  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
@@ -635,13 +660,16 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+@_on_its_device
 def attention(q, k, v, mask=None, scale=None, return_lse=False):
-    """Masked attention with gradients. q (B, H, N, D); k and v (B, Hkv, M, D), Hkv divides H (grouped queries); mask: a Mask or None.
+    """Masked attention with gradients. q (B, H, N, D), k and v (B, Hkv, M, D), Hkv divides H; mask: a Mask or None.
 
-    Returns (B, H, N, D), and with return_lse the log-sum-exp of the scores (B, H, N) in float32, without gradient. scale: D^-0.5 unless given.
-    A row that sees no key gives 0 (and -inf). Under autocast the inputs are cast to its dtype, on a CPU to float32.
-    Numerics: scores, softmax and sums in float32, weights rounded to v's dtype before the second product; float32 inputs as three tf32 products.
-    Kernel limits: float32, bf16, fp16; D <= 128, padded inside to a power of two; one head of a tensor spans less than 2^31 elements.
+    Returns (B, H, N, D), and with return_lse the log-sum-exp of the scores (B, H, N): float32, without gradient.
+    scale: D^-0.5 unless given. A row that sees no key gives 0 (and -inf). Under autocast the inputs are cast to its
+    dtype, on a CPU to float32.
+    Numerics: scores, softmax and sums in float32, the weights rounded to v's dtype before the second product; float32
+    inputs are multiplied as three tf32 products.
+    Kernel limits: float32, bf16, fp16; D <= 128, padded inside to a power of two; a head spans < 2^31 elements.
 
     >>> x = torch.randn(1, 2, 5, 16)
     >>> torch.allclose(attention(x, x, x, causal(5))[:, :, 0], x[:, :, 0])          # the first token sees only itself
@@ -651,9 +679,9 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check_attention("attention", q, k, v, scale)
-    _check(mask is None or isinstance(mask, Mask), "attention: mask must come from causal(), scales(), ...; None is full attention")
     N, M = q.shape[2], k.shape[2]
     mask = full(N, M) if mask is None else mask
+    _check(isinstance(mask, Mask), "attention: mask must come from causal(), scales(), ...; None is full attention")
     _check(mask.shape == (N, M), f"attention: mask {mask.name} is {mask.shape}, but there are {N} queries and {M} keys")
     batch = max(len(mask.row_start), len(mask.col_end))
     _check(batch in (1, len(q)), f"attention: mask {mask.name} is for a batch of {batch}, q holds {len(q)}")
@@ -661,7 +689,7 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
     with torch.autocast(device, enabled=False):
         if path(q).name == "triton":
             _check_kernel("attention", q, k, v)
-            x = [x.float() if interpreting() else x for x in (q, k, v)]  # the interpreter gets bf16 wrong without a word
+            x = [x.float() if interpreting() else x for x in (q, k, v)]  # the interpreter gets bf16 wrong, silently
             out, lse = _Attention.apply(*x, mask, scale)
             out, lse = out.to(q.dtype), lse * LN_2
         elif return_lse:
@@ -672,22 +700,24 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
 
 
 def _check_attention(op, q, k, v, scale):
-    _check(q.dim() == k.dim() == v.dim() == 4, f"{op}: q, k, v must be (batch, heads, length, head size), not {q.dim()}-, {k.dim()}-, {v.dim()}-dimensional")
-    _check(k.shape == v.shape, f"{op}: k {tuple(k.shape)} and v {tuple(v.shape)} must have one shape; pad the smaller head size")
-    _check(k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3], f"{op}: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size")
-    _check(q.shape[1] % k.shape[1] == 0, f"{op}: {q.shape[1]} query heads cannot share {k.shape[1]} key heads; make the first a multiple of the second")
-    _check(q.numel() > 0 and k.numel() > 0, f"{op}: q {tuple(q.shape)} or k {tuple(k.shape)} is empty")
+    Q, K, V = (tuple(x.shape) for x in (q, k, v))
+    _check(q.dim() == k.dim() == v.dim() == 4, f"{op}: q {Q}, k {K}, v {V} must be (batch, heads, length, head size)")
+    _check(K == V, f"{op}: k {K} and v {V} must have one shape; pad the smaller head size")
+    _check(K[0] == Q[0] and K[3] == Q[3], f"{op}: q {Q} and k {K} must agree in batch and head size")
+    _check(Q[1] % K[1] == 0, f"{op}: {Q[1]} query heads cannot share {K[1]} key heads; take a multiple of them")
+    _check(q.numel() > 0 and k.numel() > 0, f"{op}: q {Q} or k {K} is empty")
     _check(q.dtype == k.dtype == v.dtype, f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
-    _check(q.device == k.device == v.device, f"{op}: q, k, v are on {q.device}, {k.device}, {v.device}; move them to one device")
+    _check(q.device == k.device == v.device, f"{op}: q, k, v are on {q.device}, {k.device}, {v.device}; move them")
     _check(scale is None or scale > 0, f"{op}: scale {scale} must be positive; change the sign of q instead")
 
 
 def _check_kernel(op, *tensors):
     for x in tensors:
-        _check(x.dtype in (torch.float32, torch.bfloat16, torch.float16), f'{op}: no kernel for {x.dtype}; cast to float32, or use("reference")')
-        _check(x.shape[-1] <= 128, f'{op}: no kernel for head size {x.shape[-1]}; take at most 128, or use("reference")')
+        known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        _check(known, f'{op}: no kernel for {x.dtype}; cast to float32, or use("reference")')
+        _check(x.shape[-1] <= 128, f'{op}: no kernel for head size {x.shape[-1]} > 128; use("reference")')
         span = sum((n - 1) * stride for n, stride in zip(x.shape[2:], x.stride()[2:]))
-        _check(span < 2**31, f"{op}: one head spans {span} elements, the kernel counts to 2^31; make the tensor contiguous")
+        _check(span < 2**31, f"{op}: one head spans {span} elements, 2^31 is the limit; make the tensor contiguous")
 
 
 # --- decode_attention -------------------------------------------------------------------------------------------------
@@ -696,7 +726,8 @@ def _check_kernel(op, *tensors):
 def decode_reference(q, k_cache, v_cache, lengths, scale=None, causal=True):
     """Row by row: `attention_reference` on the filled part of each cache row.
 
-    Traffic: every cached key and value is read once for a handful of queries, 2 S D elements a head; memory is the limit, not arithmetic.
+    Traffic: every cached key and value is read once, 2 S D elements a head, for a handful of queries: memory is the
+    limit, not arithmetic.
     """
     (B, _, R, _), out = q.shape, torch.empty_like(q)
     for b, n in enumerate(torch.as_tensor(lengths).expand(B).tolist()):
@@ -707,9 +738,10 @@ def decode_reference(q, k_cache, v_cache, lengths, scale=None, causal=True):
 
 
 @jit
-def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (chunks, key heads, batch): the summary of one chunk of one cache row, for all queries that share the key head."""
+def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
+                   D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """Grid (chunks, key heads, batch): the summary of one chunk of a cache row, for all queries that share the head."""
     chunk, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     x, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     head, token, used = h * GROUP + x // R, x % R, x < GROUP * R  # row x of the tile: a head of the group, a new token
@@ -721,7 +753,8 @@ def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, scale, GROUP: tl
     queries = tl.load(q.ptr + at, mask=used[:, None] & (d[None, :] < D), other=0.0)
     m, u = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     w = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    m, u, w = _fold(m, u, w, queries, k, v, b, h, x, x * 0, end, lengths, lo, hi, length, scale, D, BLOCK_N, False, PRECISION, True)
+    rows = (x[:, None], x[:, None] * 0, end[:, None], lengths)
+    m, u, w = _fold(m, u, w, queries, k, v, b, h, rows, lo, hi, length, scale, (D, BLOCK_N, False, PRECISION), True)
     row = ((b * tl.num_programs(1) * GROUP + head) * R + token) * tl.num_programs(0) + chunk
     tl.store(part_m + row, m, mask=used)
     tl.store(part_u + row, u, mask=used)
@@ -735,7 +768,8 @@ def _decode_merge(part_m, part_u, part_w, o, chunks, D: tl.constexpr, BLOCK_D: t
     part_m, part_u, part_w = part_m + row * chunks, part_u + row * chunks, part_w + row * chunks * D + d
     m, u, w = tl.load(part_m), tl.load(part_u), tl.load(part_w, mask=d < D, other=0.0)
     for c in range(1, chunks):
-        m, u, w = _merge(m, u, w, tl.load(part_m + c), tl.load(part_u + c), tl.load(part_w + c * D, mask=d < D, other=0.0))
+        wc = tl.load(part_w + c * D, mask=d < D, other=0.0)
+        m, u, w = _merge(m, u, w, tl.load(part_m + c), tl.load(part_u + c), wc)
     tl.store(o + row * D + d, (w / tl.where(u == 0, 1.0, u)).to(o.dtype.element_ty), mask=d < D)
 
 
@@ -743,24 +777,27 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     (B, H, R, D), (Hkv, S), device = q.shape, k.shape[1:3], q.device
     rows, block_n = _padded(H // Hkv * R), 16 if q.dtype == torch.float32 else 64
     processors = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 4
-    chunks = max(1, min(-(-4 * processors // (B * Hkv)), -(-S // block_n)))  # four programs a multiprocessor hide the latency
+    wanted = -(-16 * processors // (B * Hkv))  # sixteen programs a multiprocessor: several at once, a short last wave
+    chunks = max(1, min(wanted, -(-S // (4 * block_n))))
     part_m, part_u, part_w = (torch.empty(B, H, R, chunks, *tail, device=device) for tail in ((), (), (D,)))
     o = torch.empty(B, H, R, D, dtype=q.dtype, device=device)
     _decode_chunks[(chunks, Hkv, B)](
-        _view(q), _view(k), _view(v), part_m, part_u, part_w, lengths, R, scale * LOG2_E, GROUP=H // Hkv, CAUSAL=causal, D=D,
-        BLOCK_D=_padded(D), ROWS=rows, BLOCK_N=block_n, PRECISION=_precision(q), num_warps=4 if rows <= 16 else 8, num_stages=3,
+        _view(q), _view(k), _view(v), part_m, part_u, part_w, lengths, R, scale * LOG2_E, GROUP=H // Hkv, CAUSAL=causal,
+        D=D, BLOCK_D=_padded(D), ROWS=rows, BLOCK_N=block_n, PRECISION=_precision(q),
+        num_warps=4 if rows <= 16 else 8, num_stages=3,
     )  # fmt: skip
     _decode_merge[(B * H * R,)](part_m, part_u, part_w, o, chunks, D=D, BLOCK_D=_padded(D), num_warps=1)
     return o
 
 
+@_on_its_device
 def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
     """Attention of R new tokens against a preallocated cache. No gradient.
 
-    q (B, H, R, D); caches (B, Hkv, S, D), of which row b holds lengths[b] tokens, *the R new ones included*; lengths: int or (B,) integers.
-    The new tokens are the last R: query r sees keys j < lengths[b] - (R - 1 - r), or with causal=False all of them (the tokens of
-    one scale see one another). R > 1 verifies a drafted chain in one call. Returns (B, H, R, D).
-    Kernel limits: as `attention`, and R H / Hkv <= 64; a longer chunk is work for attention(mask=causal(R, length)).
+    q (B, H, R, D); caches (B, Hkv, S, D), of which row b holds lengths[b] tokens, *the R new ones included*; lengths:
+    int or (B,) integers. The new tokens are the last R: query r sees keys j < lengths[b] - (R - 1 - r), or with
+    causal=False all of them (the tokens of one scale see one another). R > 1 verifies a drafted chain in one call.
+    Returns (B, H, R, D). Kernel limits: as `attention`, and R H / Hkv <= 64.
     """
     (B, H, R, D), S, op = q.shape, k_cache.shape[2], "decode_attention"
     _check_attention(op, q, k_cache, v_cache, scale)
@@ -774,7 +811,7 @@ def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
     if path(q).name == "triton":
         _check_kernel(op, q, k_cache, v_cache)
         group = H // k_cache.shape[1]
-        _check(R * group <= 64, f"{op}: {R} tokens x {group} heads a group exceed 64; use attention(mask=causal({R}, length))")
+        _check(R * group <= 64, f"{op}: {R} tokens x {group} heads > 64; use attention(mask=causal({R}, length))")
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device) if one_length else lengths.int()
         x = [t.float() if interpreting() else t for t in (q, k_cache, v_cache)]
         return _decode_triton(*x, lengths, scale, causal).to(q.dtype)
@@ -791,7 +828,7 @@ def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
 
 
 def scan_reference(s, v):
-    """Softmax over every prefix, written out: s (.., N), v (.., N, D) -> (.., N, D). Traffic: N^2 weights, which a scan never forms."""
+    """Softmax over every prefix, written out: s (.., N), v (.., N, D) -> (.., N, D). Traffic: forms N^2 weights."""
     past = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).tril()
     return s[..., None, :].masked_fill(~past, -INF).softmax(-1) @ v
 
@@ -825,33 +862,38 @@ def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK_D:
         pm, pu, pw = _merge(m[None, :], u[None, :], w[None, :], pm, pu, pw)
         tl.store(o + at, (pw / pu).to(o.dtype.element_ty), mask=inside)
         last = (n == BLOCK_N - 1)[:, None]  # keys beyond N weigh nothing: the last row is the state after the chunk
-        m, u, w = tl.sum(tl.where(last, pm, 0.0), 0), tl.sum(tl.where(last, pu, 0.0), 0), tl.sum(tl.where(last, pw, 0.0), 0)
+        m, u = tl.sum(tl.where(last, pm, 0.0), 0), tl.sum(tl.where(last, pu, 0.0), 0)
+        w = tl.sum(tl.where(last, pw, 0.0), 0)
     tl.store(m1 + row + d * 0, m * 0.6931471805599453, mask=d == 0)
     tl.store(u1 + row + d * 0, u, mask=d == 0)
     tl.store(w1 + row * D + d, w, mask=d < D)
 
 
 def _scan_triton(s, v, state):
-    lead, (N, D) = s.shape[:-1], v.shape[-2:]
+    lead, (N, D), device = s.shape[:-1], v.shape[-2:], s.device
     if state is None:
-        state = torch.full(lead, -INF, device=s.device), torch.zeros(lead, device=s.device), torch.zeros(*lead, D, device=s.device)
-    before = [x.float().contiguous() for x in state]
-    after, o, block_d = [torch.empty_like(x) for x in before], torch.empty(v.shape, dtype=v.dtype, device=v.device), _padded(D)
+        empty = functools.partial(torch.full, device=device)
+        state = empty(lead, -INF), empty(lead, 0.0), empty((*lead, D), 0.0)
+    before, o, block_d = [x.float().contiguous() for x in state], torch.empty_like(v).contiguous(), _padded(D)
+    after = [torch.empty_like(x) for x in before]
     _scan_prefixes[(lead.numel(),)](s.contiguous(), v.contiguous(), o, *before, *after, N, D=D, BLOCK_D=block_d,
                                     BLOCK_N=max(16, 1024 // block_d), num_warps=4 if block_d < 128 else 8)  # fmt: skip
     return o, tuple(after)
 
 
+@_on_its_device
 def scan_attention(s, v, state=None, return_state=False):
-    """Attention as an RNN (Aaren): scores s (.., N) of one fixed query, values v (.., N, D) -> the output of every prefix (.., N, D).
+    """Attention as an RNN (Aaren): scores s (.., N) of a fixed query, values v (.., N, D) -> all prefixes (.., N, D).
 
-    state: the summary (m, u, w) of everything before, as return_state gives it back: a sequence fed in pieces, or token by token in
-    constant memory, gives the same outputs as fed whole. Where a gradient is asked for, the torch path runs also on a GPU. Kernel limit: D <= 128.
+    state: the summary (m, u, w) of everything before, as return_state gives it back: a sequence fed in pieces, or
+    token by token in constant memory, gives the same outputs as fed whole.
+    Where a gradient is asked for, the torch path runs also on a GPU. Kernel limit: D <= 128. Numerics: float32.
 
     >>> out, state = scan_attention(s[:, :7], v[:, :7], return_state=True)
     >>> rest = scan_attention(s[:, 7:], v[:, 7:], state)                            # == scan_attention(s, v)[:, 7:]
     """
-    _check(s.shape == v.shape[:-1] and s.numel() > 0, f"scan_attention: s {tuple(s.shape)} must be v {tuple(v.shape)} without its last dimension, and not empty")
+    fits = s.shape == v.shape[:-1] and s.numel() > 0
+    _check(fits, f"scan_attention: s {tuple(s.shape)} must be v {tuple(v.shape)} without its last dimension, not empty")
     if path(s).name == "triton" and not (torch.is_grad_enabled() and (s.requires_grad or v.requires_grad)):
         _check_kernel("scan_attention", v)
         x = [t.float() if interpreting() else t for t in (s, v)]
@@ -866,13 +908,13 @@ def scan_attention(s, v, state=None, return_state=False):
 
 
 def truncate(logits, top_k=0, top_p=1.0):
-    """Logits (.., V) with all but the likeliest tokens at -inf: first top-k, then top-p on what remains (0 and 1.0: off).
+    """Logits (.., V), all but the likeliest tokens at -inf: first top-k, then top-p on what remains (0 and 1.0: off).
 
-    top-k keeps the k largest; top-p keeps a token iff the tokens *strictly* likelier than it hold less than top_p of the mass: at least one.
-    Tokens tied with the last one kept are all kept (torch.topk would pick among them).
+    top-k keeps the k largest; top-p keeps a token iff the tokens *strictly* likelier than it hold less than top_p of
+    the mass, so at least one. Tokens tied with the last one kept are all kept (torch.topk would pick among them).
     Traffic: a sort moves V log V elements a row; the kernel reads V.
 
-    >>> truncate(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), top_p=0.7).exp()       # 0.5 < 0.7: the second stays; 0.75 is not
+    >>> truncate(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), top_p=0.7).exp()   # 0.5 < 0.7: keep the second, too
     tensor([0.5000, 0.2500, 0.0000, 0.0000])
     """
     _check(top_k >= 0, f"sample: top_k {top_k} must be 0 (off) or positive")
@@ -888,7 +930,7 @@ def truncate(logits, top_k=0, top_p=1.0):
 
 
 def sample_reference(logits, temperature, top_k, top_p, noise):
-    """Divide, truncate, race: token j arrives after an exponential time noise_j / p_j; it is first with probability p_j."""
+    """Divide, truncate, race: token j arrives after the exponential time noise_j / p_j; first with probability p_j."""
     logits = truncate(logits.float() / temperature, top_k, top_p)
     return ((logits - logits.amax(-1, keepdim=True)).exp() / noise).argmax(-1)
 
@@ -911,8 +953,8 @@ def _threshold(key, weight, need):
 
 
 @jit
-def _sample(logits, noise, out, stride, noise_stride, V, inv_temperature, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-            BLOCK: tl.constexpr):  # fmt: skip
+def _sample(logits, noise, out, stride, noise_stride, V, inv_temperature, top_k, top_p, TOP_K: tl.constexpr,
+            TOP_P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Grid (rows). The row stays in registers: logits and noise are read once, one integer is written."""
     row, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(logits + row * stride + j, mask=j < V, other=float("-inf")).to(tl.float32) * inv_temperature
@@ -932,21 +974,24 @@ def _sample_triton(logits, temperature, top_k, top_p, noise):
     V = logits.shape[-1]
     x, noise = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits.reshape(-1, V), noise.reshape(-1, V)))
     out, block = torch.empty(len(x), dtype=torch.long, device=x.device), max(128, _padded(V))
-    _sample[(len(x),)](x, noise, out, x.stride(0), noise.stride(0), V, 1.0 / temperature, float(top_k), float(top_p), TOP_K=0 < top_k < V,
-                       TOP_P=top_p < 1, BLOCK=block, num_warps=min(32, max(4, block // 1024)))  # fmt: skip
+    _sample[(len(x),)](x, noise, out, x.stride(0), noise.stride(0), V, 1.0 / temperature, float(top_k), float(top_p),
+                       TOP_K=0 < top_k < V, TOP_P=top_p < 1, BLOCK=block,
+                       num_warps=min(32, max(4, block // 1024)))  # fmt: skip
     return out.reshape(logits.shape[:-1])
 
 
+@_on_its_device
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=None):
-    """One token per row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)); temperature 0 is argmax.
+    """One token per row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)).
 
-    noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`, which may live on the CPU: a seed then gives the same
-    tokens on every device, up to rounding. Never waits for the GPU; NaN is not detected. All in float32, after the division by the temperature.
-    Kernel limit: V <= 32768, a row must fit the registers of one multiprocessor.
+    temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`, which may
+    live on the CPU: a seed then gives the same tokens on every device, up to rounding. Never waits for the GPU.
+    Numerics: float32 after the load; NaN is not detected. Kernel limit: V <= 32768, a row must fit the registers.
     """
     V = logits.shape[-1]
     _check(temperature >= 0, f"sample: temperature {temperature} must not be negative")
-    _check(noise is None or noise.shape == logits.shape, f"sample: noise must have the shape of the logits, {tuple(logits.shape)}")
+    fits = noise is None or noise.shape == logits.shape
+    _check(fits, f"sample: noise must have the shape of the logits, {tuple(logits.shape)}")
     if temperature == 0:
         return logits.argmax(-1)
     if noise is None:
@@ -963,7 +1008,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
 
 
 def verify_reference(p_target, p_draft, drafts, uniforms, noise):
-    """The definition, for a batch. Traffic: touches all 2 g + 1 rows of V; the kernel reads two rows, and 2 g numbers."""
+    """The definition, for a batch. Traffic: copies rows of V; the kernel reads two of them, and 2 g numbers."""
     (B, g), row = drafts.shape, torch.arange(len(drafts), device=drafts.device)
     p, q = (x[:, :g].gather(-1, drafts[..., None]).squeeze(-1) for x in (p_target, p_draft))
     n = (uniforms * q < p).long().cumprod(-1).sum(-1)  # the drafts before the first refusal
@@ -992,7 +1037,7 @@ def _verify(p, q, drafts, uniforms, noise, tokens, accepted, g, V, BLOCK: tl.con
     for j0 in range(0, V, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
         pj = tl.load(p + n * V + j, mask=j < V, other=-1.0)
-        qj = tl.load(q + n * V + j, mask=j < tl.where(n < g, V, 0), other=0.0)  # all accepted: there is no such row of q
+        qj = tl.load(q + n * V + j, mask=j < tl.where(n < g, V, 0), other=0.0)  # all accepted: q has no such row
         e = tl.load(noise + j, mask=j < V, other=1.0)
         race, race_p = tl.where(pj > qj, pj - qj, tl.minimum(pj, 0.0)) / e, pj / e
         top, top_p = tl.max(race, 0), tl.max(race_p, 0)
@@ -1004,16 +1049,18 @@ def _verify(p, q, drafts, uniforms, noise, tokens, accepted, g, V, BLOCK: tl.con
     tl.store(accepted + row, n.to(tl.int64))
 
 
+@_on_its_device
 def verify(p_target, p_draft, drafts, uniforms, noise):
-    """Speculative sampling of drafted chains, batched; the emitted tokens follow p_target exactly (2211.17192, 2302.01318).
+    """Speculative sampling of drafted chains: the emitted tokens follow p_target exactly (2211.17192, 2302.01318).
 
-    p_target (B, g+1, V), p_draft (B, g, V) probabilities, after temperature and truncation; drafts (B, g) int64, drawn from p_draft;
-    uniforms (B, g) in [0, 1); noise (B, V) unit exponentials. Draft t is accepted iff u_t q(d_t) < p(d_t). After the first refusal one token
-    is drawn from max(p - q, 0), after none a bonus token from the last row of p. -> tokens (B, g+1), -1 after the last, and n_accepted (B).
+    p_target (B, g+1, V), p_draft (B, g, V): probabilities, after temperature and truncation; drafts (B, g) int64,
+    drawn from p_draft; uniforms (B, g) in [0, 1); noise (B, V) unit exponentials. Draft t stays if u_t q(d_t) < p(d_t).
+    After the first refusal one token is drawn from max(p - q, 0), after none a bonus token from the last row of p.
+    Returns tokens (B, g+1), -1 after the last, and n_accepted (B).
     Numerics: float32; the residual is raced as it is, never normalised. Any V, any g, also 0.
 
-    >>> p = torch.tensor([[[.5, .5], [0., 1.]]])                            # g = 1, V = 2; p == q: the draft stays,
-    >>> verify(p, p[:, :1], torch.tensor([[0]]), torch.tensor([[.9]]), torch.ones(1, 2))     # the bonus comes from [0, 1]
+    >>> p = torch.tensor([[[.5, .5], [0., 1.]]])                      # g = 1, V = 2; p == q: the draft stays,
+    >>> verify(p, p[:, :1], torch.tensor([[0]]), torch.tensor([[.9]]), torch.ones(1, 2))     # bonus from [0, 1]
     (tensor([[0, 1]]), tensor([1]))
     """
     _check(drafts.dim() == 2, f"verify: drafts must be (batch, gamma), not {tuple(drafts.shape)}")
@@ -1033,28 +1080,29 @@ def verify(p_target, p_draft, drafts, uniforms, noise):
 
 
 def nearest_reference(x, codebook):
-    """All distances at once: N K D differences. As a matrix product still N K numbers, 4.3 GB written and read at N = 65k, K = 16k."""
+    """All distances at once. Traffic: even as a matrix product N K numbers, 4.3 GB written and read at 65k x 16k."""
     return (x[:, None] - codebook).square().sum(-1).argmin(-1)
 
 
 def _nearest_torch(x, codebook, elements=1 << 21):
-    """|x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c), and |x|^2 does not change the order. Rows in chunks that stay in the cache."""
+    """|x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c): without |x|^2 the order stays. In chunks of rows that fit a cache."""
     half = 0.5 * codebook.square().sum(-1)
     parts = x.split(max(1, elements // len(codebook)))
     return torch.cat([torch.addmm(half, part, codebook.T, alpha=-1).argmin(-1) for part in parts])
 
 
 @jit
-def _nearest(x, codebook, half, index, residual, N, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-             RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Grid (tiles of rows). Lane (row, c) keeps the best of the codes c, c + BLOCK_K, ...; one reduction over lanes at the end."""
+def _nearest(x, codebook, half, index, residual, N, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Grid (tiles of rows). Lane (row, c) keeps the best of the codes c, c + BLOCK_K, ..; one reduction at the end."""
     n, lane = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     best, code = tl.full([BLOCK_N, BLOCK_K], float("inf"), tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
     for k0 in range(0, K, BLOCK_K):
         k, product = k0 + lane, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for d0 in range(0, D, BLOCK_D):
             d = d0 + tl.arange(0, BLOCK_D)
-            points = tl.load(x + n[:, None].to(tl.int64) * D + d[None, :], mask=(n[:, None] < N) & (d[None, :] < D), other=0.0)
+            at, inside = n[:, None].to(tl.int64) * D + d[None, :], (n[:, None] < N) & (d[None, :] < D)
+            points = tl.load(x + at, mask=inside, other=0.0)
             codes = tl.load(codebook + k[None, :] * D + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0)
             product = tl.dot(points, codes, product, input_precision=PRECISION)
         distance = tl.load(half + k, mask=k < K, other=float("inf"))[None, :] - product
@@ -1073,24 +1121,26 @@ def _nearest_triton(x, codebook, with_residual):
     (N, D), x, codebook = x.shape, x.contiguous(), codebook.contiguous()
     index, residual = torch.empty(N, dtype=torch.long, device=x.device), torch.empty_like(x if with_residual else x[:0])
     half = 0.5 * codebook.square().sum(-1)
-    _nearest[(-(-N // 64),)](x, codebook, half, index, residual, N, len(codebook), D=D, BLOCK_D=min(32, _padded(D)), BLOCK_N=64, BLOCK_K=64,
-                             RESIDUAL=with_residual, PRECISION="tf32x3", num_warps=8, num_stages=2)  # fmt: skip
+    _nearest[(-(-N // 64),)](x, codebook, half, index, residual, N, len(codebook), D=D, BLOCK_D=min(32, _padded(D)),
+                             BLOCK_N=64, BLOCK_K=64, RESIDUAL=with_residual, PRECISION="tf32x3", num_warps=8,
+                             num_stages=2)  # fmt: skip
     return index, residual if with_residual else None
 
 
+@_on_its_device
 @torch.no_grad()
 def nearest_code(x, codebook, return_distance=False, return_residual=False):
     """Index of the nearest code, the lowest among equals: x (N, D), codebook (K, D) -> (N,) int64.
 
-    With return_distance also |x - c|^2 (N,); with return_residual also x - c (N, D), what a residual quantizer codes next.
-    No gradient: quantizers pass one straight through. Numerics: float32 (three tf32 products in the kernel); codes whose distances agree to
-    about 1e-6 |x| |c| may swap between the paths. Any D, any K.
+    With return_distance also |x - c|^2 (N,); with return_residual also x - c (N, D), what a residual quantizer codes
+    next. No gradient: quantizers pass one straight through. Any D, any K. Numerics: float32, three tf32 products in
+    the kernel; codes whose distances agree to about 1e-6 |x| |c| may swap between the paths.
 
     >>> nearest_code(torch.tensor([[0.2], [0.9]]), torch.tensor([[0.], [1.]]))
     tensor([0, 1])
     """
-    _check(x.dim() == codebook.dim() == 2 and x.shape[1] == codebook.shape[1],
-           f"nearest_code: x {tuple(x.shape)} and codebook {tuple(codebook.shape)} must be (N, D) and (K, D)")  # fmt: skip
+    fits = x.dim() == codebook.dim() == 2 and x.shape[1] == codebook.shape[1]
+    _check(fits, f"nearest_code: x {tuple(x.shape)} and codebook {tuple(codebook.shape)} must be (N, D) and (K, D)")
     _check(len(codebook) > 0, "nearest_code: the codebook is empty")
     with_residual, residual = return_distance or return_residual, None
     with torch.autocast(x.device.type, enabled=False):
@@ -1103,7 +1153,8 @@ def nearest_code(x, codebook, return_distance=False, return_residual=False):
             index = _nearest_torch(points, codes)
         if with_residual and residual is None:
             residual = points - codes[index]
-    extra = ([residual.square().sum(-1)] if return_distance else []) + ([residual.to(x.dtype)] if return_residual else [])
+    extra = [residual.square().sum(-1)] if return_distance else []
+    extra += [residual.to(x.dtype)] if return_residual else []
     return (index, *extra) if extra else index
 
 
@@ -1111,79 +1162,87 @@ def nearest_code(x, codebook, return_distance=False, return_residual=False):
 
 
 def errors(device, dtype):
-    """Rows (op, case, error) of the path in use, against float64: largest relative Frobenius error of outputs and gradients."""
+    """Rows (op, case, error) of the path in use against float64: relative Frobenius error, of outputs and gradients."""
 
     def relative(ours, truth):
-        pairs = [(a.detach().double(), b.detach()) for a, b in zip(ours, truth)]
-        return max(float((a - b).norm() / b.norm().clamp(min=1e-9)) for a, b in pairs)
+        ours, truth = ours.detach().double(), truth.detach()
+        return float((ours - truth).norm() / truth.norm().clamp(min=1e-9))
 
     generator = torch.Generator(device).manual_seed(0)
     randn = functools.partial(torch.randn, device=device, generator=generator)
-    for mask in (full(70, 49), causal(129), scales([1, 4, 16, 64]), markov([1, 4, 16, 64]), window(129, 20), tree([-1, 0, 1, 1, 0], 44),
+    sides = [1, 4, 16, 64]
+    for mask in (full(70, 49), causal(129), scales(sides), markov(sides), window(129, 20), tree([-1, 0, 1, 1, 0], 44),
                  causal(64) & padding([64, 20], 64)):  # fmt: skip
-        x = [randn(2, h, n, 32).to(dtype).requires_grad_() for h, n in zip((4, 2, 2), (mask.shape[0], mask.shape[1], mask.shape[1]))]
+        n, m = mask.shape
+        x = [randn(2, heads, length, 32).to(dtype).requires_grad_() for heads, length in ((4, n), (2, m), (2, m))]
         double = [t.detach().double().requires_grad_() for t in x]
         ours, truth = attention(*x, mask), attention_reference(*double, mask)[0]
         do = randn(ours.shape).to(dtype)
-        gradients = zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double()))
-        yield "attention + gradients", mask.name, max(relative([ours], [truth]), *(relative([a], [b]) for a, b in gradients))
-    q, k, v, lengths = randn(2, 4, 3, 32).to(dtype), randn(2, 2, 150, 32).to(dtype), randn(2, 2, 150, 32).to(dtype), torch.tensor([150, 37])
+        ours = ours, *torch.autograd.grad(ours, x, do)
+        truth = truth, *torch.autograd.grad(truth, double, do.double())
+        yield "attention + gradients", mask.name, max(map(relative, ours, truth))
+    q, k, v = (randn(2, h, n, 32).to(dtype) for h, n in ((4, 3), (2, 150), (2, 150)))
+    lengths = torch.tensor([150, 37])
     truth = decode_reference(q.double(), k.double(), v.double(), lengths)
-    yield "decode_attention", "3 tokens, lengths 150, 37", relative([decode_attention(q, k, v, lengths)], [truth])
+    yield "decode_attention", "3 tokens, lengths 150, 37", relative(decode_attention(q, k, v, lengths), truth)
     s, v = 3 * randn(4, 100), randn(4, 100, 16)
-    yield "scan_attention", "4 x 100", relative([scan_attention(s, v)], [scan_reference(s.double(), v.double())])
-    logits, noise = 3 * randn(8, 500), torch.rand(8, 500, device=device, generator=generator) + 0.01
+    yield "scan_attention", "4 x 100", relative(scan_attention(s, v), scan_reference(s.double(), v.double()))
+    rand = functools.partial(torch.rand, device=device, generator=generator)
+    logits, noise = 3 * randn(8, 500), rand(8, 500) + 0.01
     wrong = sample(logits, 0.8, 50, 0.9, noise=noise) != sample_reference(logits.double(), 0.8, 50, 0.9, noise)
     yield "sample", "8 x 500, other tokens", float(wrong.float().mean())
-    p, u, e = randn(8, 5, 100).softmax(-1), torch.rand(8, 4, device=device, generator=generator), noise[:, :100]
-    q, drafts = randn(8, 4, 100).softmax(-1), torch.randint(100, (8, 4), device=device, generator=generator)
+    p, q, u, e = randn(8, 5, 100).softmax(-1), randn(8, 4, 100).softmax(-1), rand(8, 4), noise[:, :100]
+    drafts = torch.randint(100, (8, 4), device=device, generator=generator)
     wrong = verify(p, q, drafts, u, e)[0] != verify_reference(p.double(), q.double(), drafts, u.double(), e.double())[0]
     yield "verify", "8 x 4 drafts, other tokens", float(wrong.float().mean())
     x, codes = randn(300, 24), randn(200, 24)
     best = (x[:, None] - codes).double().square().sum(-1).amin(-1)
-    yield "nearest_code", "300 x 200, distance", relative([nearest_code(x, codes, return_distance=True)[1]], [best])
+    yield "nearest_code", "300 x 200, distance", relative(nearest_code(x, codes, return_distance=True)[1], best)
 
 
-def benchmarks():
-    """Rows (case, work, unit, ours, peer's name, peer) for a GPU; ours and peer are functions to time, work is in TFLOP or GB."""
+def benchmarks(device="cuda", compiled=torch.compile):
+    """Rows (case, work, unit, ours, peer's name, peer): two functions to time, and their work in TFLOP or GB."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex, sdpa = torch.compile(flex_attention), F.scaled_dot_product_attention
-    randn = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    flex, sdpa = compiled(flex_attention), F.scaled_dot_product_attention
+    randn = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
     for B, H, N, D in ((64, 4, 64, 32), (8, 16, 2048, 64), (4, 16, 4096, 64), (4, 8, 4096, 128), (1, 8, 16384, 128)):
-        q, k, v, do = (randn(B, H, N, D) for _ in range(4))
+        (q, k, v, do), mask, case = (randn(B, H, N, D) for _ in range(4)), causal(N), f"causal {B}x{H}x{N}x{D}"
         work = 2 * B * H * N * N * D / 1e12  # two products, half of which a causal mask needs
-        mask, case = causal(N), f"causal {B}x{H}x{N}x{D}"
-        yield f"{case} forward", work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, is_causal=True)
+        yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, is_causal=True)
         x = [t.clone().requires_grad_() for t in (q, k, v)]
-        ours, theirs = attention(*x, mask), sdpa(*x, is_causal=True)
-        yield (f"{case} backward", 2.5 * work, "TFLOP/s", lambda: torch.autograd.grad(ours, x, do, retain_graph=True), "sdpa",
-               lambda: torch.autograd.grad(theirs, x, do, retain_graph=True))  # fmt: skip
-    for B, sides in ((64, (1, 2, 4, 8)), (8, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), (2, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))):
-        for mask in (scales([n * n for n in sides]), markov([n * n for n in sides])):
-            (q, k, v), N = (randn(B, 16, mask.shape[0], 64) for _ in range(3)), mask.shape[0]
-            start, end, dense = mask.row_start[0].cuda(), mask.row_end[0].cuda(), mask.dense("cuda")
-            blocks = create_block_mask(lambda b, h, i, j: (start[i] <= j) & (j < end[i]), None, None, N, N, device="cuda")
-            work, case = 4 * B * 16 * 64 * float(dense.sum()) / 1e12, f"{mask.name} {B}x16x{N}x64"
-            yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "flex", lambda: flex(q, k, v, block_mask=blocks)
-            yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa + mask", lambda: sdpa(q, k, v, attn_mask=dense)
+        outputs = attention(*x, mask), sdpa(*x, is_causal=True)
+        ours, theirs = (functools.partial(torch.autograd.grad, out, x, do, retain_graph=True) for out in outputs)
+        yield f"{case} backward", 2.5 * work, "TFLOP/s", ours, "sdpa", theirs
+    squares = (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    for (B, sides), kind in ((pair, kind) for pair in zip((64, 8, 2), squares) for kind in (scales, markov)):
+        mask = kind([n * n for n in sides])
+        N, dense = mask.shape[0], mask.dense(device)
+        q, k, v = (randn(B, 16, N, 64) for _ in range(3))
+        start, end = mask.row_start[0].to(device), mask.row_end[0].to(device)
+        blocks = create_block_mask(lambda b, h, i, j: (start[i] <= j) & (j < end[i]), None, None, N, N, device=device)
+        work, case = 4 * B * 16 * 64 * float(dense.sum()) / 1e12, f"{mask.name} {B}x16x{N}x64"
+        peers = ("flex", lambda: flex(q, k, v, block_mask=blocks)), ("sdpa", lambda: sdpa(q, k, v, dense))
+        for peer, theirs in peers:
+            yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), peer, theirs
     for B, H, S, D in ((64, 16, 4096, 64), (1, 16, 8192, 64), (64, 4, 256, 32)):
-        q, k, v = randn(B, H, 1, D), randn(B, H, S, D), randn(B, H, S, D)
-        yield f"decode {B}x{H}x{S}x{D}", 4 * B * H * S * D / 1e9, "GB/s", lambda: decode_attention(q, k, v, S), "sdpa", lambda: sdpa(q, k, v)
+        q, k, v, case = randn(B, H, 1, D), randn(B, H, S, D), randn(B, H, S, D), f"decode {B}x{H}x{S}x{D}"
+        yield case, 4 * B * H * S * D / 1e9, "GB/s", lambda: decode_attention(q, k, v, S), "sdpa", lambda: sdpa(q, k, v)
+    rand = functools.partial(torch.rand, device=device)
     for B, V in ((64, 32768), (64, 4096), (64, 256)):
-        x = torch.randn(B, V, device="cuda")
-        yield (f"sample {B}x{V}, top-k 50, top-p 0.9", 12 * B * V / 1e9, "GB/s", lambda: sample(x, 0.8, 50, 0.9), "sort + multinomial",
-               lambda: torch.multinomial(truncate(x / 0.8, 50, 0.9).softmax(-1), 1))  # fmt: skip
-        p, q, e = torch.rand(B, 5, V, device="cuda"), torch.rand(B, 4, V, device="cuda"), torch.rand(B, V, device="cuda")
-        drafts, u = torch.randint(V, (B, 4), device="cuda"), torch.rand(B, 4, device="cuda")
-        yield (f"verify {B}x4x{V}", 12 * B * V / 1e9, "GB/s", lambda: verify(p, q, drafts, u, e), "torch",
-               lambda: verify_reference(p, q, drafts, u, e))  # fmt: skip
+        x, p, q, u, e = rand(B, V), rand(B, 5, V), rand(B, 4, V), rand(B, 4), rand(B, V)
+        drafts, work = torch.randint(V, (B, 4), device=device), 12 * B * V / 1e9
+        theirs = lambda: torch.multinomial(truncate(x / 0.8, 50, 0.9).softmax(-1), 1)  # noqa: E731
+        yield f"sample {B}x{V}, k 50, p 0.9", work, "GB/s", lambda: sample(x, 0.8, 50, 0.9), "sort, multinomial", theirs
+        theirs = lambda: verify_reference(p, q, drafts, u, e)  # noqa: E731
+        yield f"verify {B}x4x{V}", work, "GB/s", lambda: verify(p, q, drafts, u, e), "torch", theirs
     for N, K, D in ((65536, 16384, 32), (65536, 512, 16)):
-        x, codes = torch.randn(N, D, device="cuda"), torch.randn(K, D, device="cuda")
-        yield (f"nearest {N}x{K}x{D}", 2 * N * K * D / 1e12, "TFLOP/s", lambda: nearest_code(x, codes), "cdist + argmin",
-               lambda: torch.cdist(x, codes).argmin(-1))  # fmt: skip
-    s, v = torch.randn(1024, 4096, device="cuda"), torch.randn(1024, 4096, 64, device="cuda")
-    yield "scan 1024x4096x64", 2 * v.numel() * 4 / 1e9, "GB/s", lambda: scan_attention(s, v), "torch", lambda: _scan_torch(s, v, None)
+        x, codes, work = rand(N, D), rand(K, D), 2 * N * K * D / 1e12
+        theirs = lambda: torch.cdist(x, codes).argmin(-1)  # noqa: E731
+        yield f"nearest {N}x{K}x{D}", work, "TFLOP/s", lambda: nearest_code(x, codes), "cdist + argmin", theirs
+    s, v = rand(1024, 4096), rand(1024, 4096, 64)
+    theirs = lambda: _scan_torch(s, v, None)  # noqa: E731
+    yield "scan 1024x4096x64", 2 * v.numel() * 4 / 1e9, "GB/s", lambda: scan_attention(s, v), "torch", theirs
 
 
 def _plot(file, error_rows, time_rows):
@@ -1192,51 +1251,55 @@ def _plot(file, error_rows, time_rows):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2 if time_rows else 1, figsize=(15 if time_rows else 8, 7), layout="constrained", squeeze=False)
-    names = [f"{op}: {case}" for op, case, *_ in error_rows]
+    size = (15, 9) if time_rows else (8, 5)
+    figure, axes = plt.subplots(1, 2 if time_rows else 1, figsize=size, layout="constrained", squeeze=False)
     for shift, column, label in ((-0.2, 2, "torch path"), (0.2, 3, "kernel")):
         points = [(i + shift, max(row[column], 1e-9)) for i, row in enumerate(error_rows) if row[column] is not None]
         if points:
             axes[0, 0].barh(*zip(*points), height=0.38, label=label)
-    axes[0, 0].set(xscale="log", title="error against float64 (1e-9 stands for none)", yticks=range(len(names)), yticklabels=names)
-    axes[0, 0].invert_yaxis()
+    names = [f"{op}: {case}" for op, case, *_ in error_rows]
+    axes[0, 0].set(xscale="log", yticks=range(len(names)), yticklabels=names)
+    axes[0, 0].set_title("error against float64 (1e-9 stands for none)")
     axes[0, 0].legend()
     if time_rows:
         axes[0, 1].barh([f"{case} ({peer})" for case, peer, _ in time_rows], [ratio for *_, ratio in time_rows])
         axes[0, 1].axvline(1, color="black", linewidth=1)
-        axes[0, 1].set(title="speed relative to the peer in brackets, 1 = equal", xscale="log")
-        axes[0, 1].invert_yaxis()
+        axes[0, 1].set(xscale="log", title="speed relative to the peer in brackets; 1 = equal, right = faster")
+    for axis in axes[0]:
+        axis.invert_yaxis()
     figure.savefig(file, dpi=110)
 
 
 def main(argv=None):
     """Print the tables; returns (error rows, time rows)."""
-    parser = argparse.ArgumentParser(description="Check every op of kernels.py against float64 and, on a GPU, time it against torch's own.")
+    parser = argparse.ArgumentParser(description="Check all ops against float64; on a GPU, time them beside torch.")
     parser.add_argument("--plot", metavar="PATH", help="also draw the tables into this picture (.png, .pdf, .svg)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of attention inputs: default bfloat16 on a GPU, else float32")
+    kinds, text = ("float32", "bfloat16", "float16"), "inputs of the error table (bfloat16 on a GPU, else float32)"
+    parser.add_argument("--dtype", choices=kinds, help=text)
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
     kernels_run = triton is not None and (device == "cuda" or interpreting())
-    with torch.random.fork_rng(devices=[]):
-        with use("reference"):
-            by_torch = list(errors(device, dtype))
-        with use("triton" if kernels_run else "reference"):
-            by_kernel = list(errors(device, dtype)) if kernels_run else [(None, None, None)] * len(by_torch)
-    rows = [(op, case, a, b) for (op, case, a), (_, _, b) in zip(by_torch, by_kernel)]
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter" if kernels_run else "CPU"
+    with use("reference"):
+        rows = [(*row, None) for row in errors(device, dtype)]
+    if kernels_run:
+        with use("triton"):
+            rows = [(*row[:3], error) for row, (*_, error) in zip(rows, errors(device, dtype))]
     print(f"errors against float64, {str(dtype)[6:]}, {where}\n{'op':<24}{'case':<30}{'torch path':>12}{'kernel':>12}")
     for op, case, a, b in rows:
         print(f"{op:<24}{case:<30}{a:>12.1e}{'not run' if b is None else f'{b:.1e}':>12}")
     times = []
     if device == "cuda":
-        print(f"\ntimes, bfloat16, median\n{'case':<38}{'ms':>9}{'rate':>17}  {'peer':<20}{'ms':>9}{'peer / ours':>13}")
+        print("\ntimes, attention in bfloat16, median; ratio = time of the peer / ours")
+        print(f"{'case':<34}{'ms':>9}{'rate':>16}  {'peer':<20}{'ms':>9}{'ratio':>8}")
         for case, work, unit, ours, peer, theirs in benchmarks():
             a, b = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
             times.append((case, peer, b / a))
-            print(f"{case:<38}{a:>9.3f}{work / a * 1e3:>9.0f} {unit:<7}  {peer:<20}{b:>9.3f}{b / a:>13.2f}", flush=True)
+            print(f"{case:<34}{a:>9.3f}{work / a * 1e3:>8.0f} {unit:<7}  {peer:<20}{b:>9.3f}{b / a:>8.2f}", flush=True)
     else:
-        print("\nNo CUDA device: nothing to time here, and the kernels ran " + ("interpreted only." if kernels_run else "not at all."))
+        how = "interpreted only" if kernels_run else "not at all"
+        print(f"\nNo CUDA device: nothing to time here, and the kernels ran {how}.")
         print("  errors of the kernels, interpreted on this machine   TRITON_INTERPRET=1 python kernels.py")
         print("  errors and times, on a machine with a GPU            python kernels.py --plot kernels.png")
     if args.plot:

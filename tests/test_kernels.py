@@ -2,10 +2,10 @@
 
 1. the torch paths against closed forms, brute force and float64 references (everywhere);
 2. the Triton kernels in Triton's interpreter, on CPU tensors (where triton is installed);
-3. every launch of the wrappers compiled for sm_80 and sm_90, with bounds on registers, spills and shared memory (no GPU needed);
+3. every launch of the wrappers compiled for sm_80 and sm_90 (no GPU needed), with bounds on spills and shared memory;
 4. the kernels on a GPU, in bf16: TRITON_INTERPRET=0 pytest tests/test_kernels.py.
 
-The interpreter computes bf16 wrongly, does not see races, and accepts what the compiler refuses; layer 3 is there for the last of these.
+The interpreter computes bf16 wrongly, does not see races, and accepts what the compiler refuses: layer 3 is for the last.
 """
 
 import json
@@ -14,7 +14,9 @@ import os
 import subprocess
 import sys
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton; tests/conftest.py does it for the whole suite
+os.environ.setdefault(
+    "TRITON_INTERPRET", "1"
+)  # before the first import of triton; tests/conftest.py does it for the whole suite
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ import kernels
 
 GPU = torch.cuda.is_available() and kernels.triton is not None and not kernels.interpreting()
 DEVICE = "cuda" if GPU else "cpu"
-needs_interpreter = pytest.mark.skipif(not kernels.interpreting(), reason="triton is not installed, or TRITON_INTERPRET is not 1")
+needs_interpreter = pytest.mark.skipif(
+    not kernels.interpreting(), reason="triton is not installed, or TRITON_INTERPRET is not 1"
+)
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device, or TRITON_INTERPRET is 1")
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 MASKS = {
@@ -59,7 +63,7 @@ def poison():
 
 
 def scattered(*shape, dtype=torch.float32):
-    """Random tensor with its dimensions stored in reverse, inside a buffer of NaN: whatever a kernel reads beside it shows."""
+    """Random tensor stored with its dimensions reversed, in a buffer of NaN: whatever a kernel reads beside it shows."""
     buffer = torch.full([n + 3 for n in reversed(shape)], math.nan, dtype=dtype, device=DEVICE)
     inner = buffer[tuple(slice(1, 1 + n) for n in reversed(shape))].permute(*reversed(range(len(shape))))
     return inner.copy_(torch.randn(shape, dtype=dtype, device=DEVICE))
@@ -72,15 +76,23 @@ def relative(ours, truth):
 def attention_error(mask, heads=(2, 2), size=16, dtype=torch.float32, scale=None, batch=2):
     """Largest relative error of output, log-sum-exp and the three gradients against the float64 reference."""
     n, m = mask.shape
-    x = [scattered(batch, h, length, size, dtype=dtype).requires_grad_() for h, length in zip((heads[0], heads[1], heads[1]), (n, m, m))]
+    x = [
+        scattered(batch, h, length, size, dtype=dtype).requires_grad_()
+        for h, length in zip((heads[0], heads[1], heads[1]), (n, m, m))
+    ]
     double = [t.detach().double().requires_grad_() for t in x]
-    (ours, lse), (truth, true_lse) = kernels.attention(*x, mask, scale, True), kernels.attention_reference(*double, mask, scale)
+    (ours, lse), (truth, true_lse) = (
+        kernels.attention(*x, mask, scale, True),
+        kernels.attention_reference(*double, mask, scale),
+    )
     do = scattered(*ours.shape, dtype=dtype)
     assert ours.dtype == dtype and lse.dtype == torch.float32 and not lse.requires_grad
     assert torch.equal(lse.isinf(), true_lse.isinf())
     errors = [relative(ours, truth), relative(lse.nan_to_num(neginf=0), true_lse.nan_to_num(neginf=0))]
     pairs = zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double()))
-    errors += [relative(a, b) for a, b in pairs] if n * m > 1 else []  # one key: dq = dk = 0, and the relative error means nothing
+    errors += (
+        [relative(a, b) for a, b in pairs] if n * m > 1 else []
+    )  # one key: dq = dk = 0, and the relative error means nothing
     return max(errors)
 
 
@@ -96,16 +108,21 @@ def chi_square(counts, law):
 
 
 @pytest.mark.parametrize("name, mask", [
-    ("causal", kernels.causal(4)), ("causal", kernels.causal(2, 5)), ("window", kernels.window(4, 2)), ("scales", kernels.scales([1, 2, 3])),
-    ("markov", kernels.markov([1, 2, 3])), ("markov", kernels.markov([1, 2, 3], 1)), ("tree", kernels.tree([-1, 0, 1, 0])),
-    ("padding", kernels.padding([2, 3], 3)),
+    ("causal", kernels.causal(4)), ("causal", kernels.causal(2, 5)), ("window", kernels.window(4, 2)),
+    ("scales", kernels.scales([1, 2, 3])), ("markov", kernels.markov([1, 2, 3])),
+    ("markov", kernels.markov([1, 2, 3], 1)), ("tree", kernels.tree([-1, 0, 1, 0])), ("padding", kernels.padding([2, 3], 3)),
 ])  # fmt: skip
 def test_masks_look_as_drawn_in_their_docstrings(name, mask):
-    drawn = ["".join(c for c in line if c in ".# ") for line in getattr(kernels, name).__doc__.split("\n    \n")[-1].splitlines()]
+    drawn = [
+        "".join(c for c in line if c in ".# ")
+        for line in getattr(kernels, name).__doc__.split("\n    \n")[-1].splitlines()
+    ]
     for picture in mask.draw().split("\n\n"):
         rows = picture.splitlines()
         starts = [k for k, line in enumerate(drawn) if rows[0] in line.split()]
-        assert any(all(row in drawn[k + r].split() for r, row in enumerate(rows)) for k in starts), f"{name}:\n{picture}"
+        assert any(all(row in drawn[k + r].split() for r, row in enumerate(rows)) for k in starts), (
+            f"{name}:\n{picture}"
+        )
 
 
 def test_tree_mask_is_the_ancestor_closure():
@@ -124,7 +141,9 @@ def test_scale_masks_equal_their_definition():
     level = torch.arange(4).repeat_interleave(torch.tensor(counts))
     assert torch.equal(kernels.scales(counts).dense()[0, 0], level[:, None] >= level)
     assert torch.equal(kernels.markov(counts).dense()[0, 0], level[:, None] == level)
-    assert torch.equal(kernels.markov(counts, 1).dense()[0, 0], (level[:, None] >= level) & (level[:, None] - level <= 1))
+    assert torch.equal(
+        kernels.markov(counts, 1).dense()[0, 0], (level[:, None] >= level) & (level[:, None] - level <= 1)
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -149,9 +168,12 @@ def test_causal_tiles_are_skipped():
     assert bounds[0].tolist() == [[0, 0, 0, 2], [0, 0, 2, 4], [0, 0, 4, 6], [0, 0, 6, 8]] and (first, last) == (1, 3)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("mask", [*MASKS.values(), kernels.causal(300)], ids=[*MASKS, "long"])
 def test_attention_torch_path(mask):
-    x = [torch.randn(2, h, n, 8, requires_grad=True) for h, n in zip((4, 2, 2), (mask.shape[0], mask.shape[1], mask.shape[1]))]
+    x = [
+        torch.randn(2, h, n, 8, requires_grad=True)
+        for h, n in zip((4, 2, 2), (mask.shape[0], mask.shape[1], mask.shape[1]))
+    ]
     double = [t.detach().double().requires_grad_() for t in x]
     ours, truth = kernels.attention(*x, mask), kernels.attention_reference(*double, mask)[0]
     do = torch.randn_like(ours)
@@ -168,7 +190,7 @@ def test_attention_reference_against_loops_and_finite_differences():
     for h in range(2):
         for i in range(5):
             seen = [j for j in range(5) if i - 3 < j <= i and j < 4]
-            weights = [math.exp(0.3 * float(q[0, h, i] @ k[0, h, j])) for j in seen]
+            weights = [math.exp(0.3 * float(q[0, h, i].detach() @ k[0, h, j].detach())) for j in seen]
             want = sum(w * v[0, h, j] for w, j in zip(weights, seen)) / sum(weights)
             assert torch.allclose(out[0, h, i], want) and math.isclose(float(lse[0, h, i]), math.log(sum(weights)))
     assert torch.autograd.gradcheck(lambda *x: kernels.attention_reference(*x, mask), (q, k, v))
@@ -178,15 +200,31 @@ def test_attention_reference_against_loops_and_finite_differences():
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
+def test_short_attention_on_a_cpu_in_bfloat16():
+    q, k, v = (torch.randn(2, 2, 85, 16) for _ in range(3))
+    for mask in (None, kernels.scales([1, 4, 16, 64])):
+        ours = kernels.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+        assert (
+            ours.dtype == torch.bfloat16
+            and relative(ours, kernels.attention_reference(q.double(), k.double(), v.double(), mask)[0]) < 2e-2
+        )
+
+
 def test_flash_split_and_scan_are_one_operator():
     s, v = torch.randn(6, 12, dtype=torch.double) * 4, torch.randn(12, 3, dtype=torch.double)
     truth = s.softmax(-1) @ v
     tiles = [kernels.summarize(s[:, a : a + 3], v[a : a + 3]) for a in (0, 3, 6, 9)]
-    empty = torch.full((6,), -math.inf, dtype=torch.double), torch.zeros(6, dtype=torch.double), torch.zeros(6, 3, dtype=torch.double)
+    empty = (
+        torch.full((6,), -math.inf, dtype=torch.double),
+        torch.zeros(6, dtype=torch.double),
+        torch.zeros(6, 3, dtype=torch.double),
+    )
     fold = kernels.merge(kernels.merge(kernels.merge(kernels.merge(empty, tiles[0]), tiles[1]), tiles[2]), tiles[3])
     split = kernels.merge(kernels.merge(tiles[2], tiles[0]), kernels.merge(tiles[3], kernels.merge(empty, tiles[1])))
     for state in (fold, split, kernels.summarize(s, v)):
-        assert torch.allclose(kernels.finish(state)[0], truth) and torch.allclose(kernels.finish(state)[1], s.logsumexp(-1))
+        assert torch.allclose(kernels.finish(state)[0], truth) and torch.allclose(
+            kernels.finish(state)[1], s.logsumexp(-1)
+        )
     for row in range(6):
         assert torch.allclose(kernels.scan_attention(s[row], v)[-1], truth[row])
 
@@ -205,11 +243,16 @@ def test_scan_is_softmax_over_prefixes_and_streams(n):
 
 
 def test_scan_gradients():
-    s, v = torch.randn(2, 7, dtype=torch.double, requires_grad=True), torch.randn(2, 7, 3, dtype=torch.double, requires_grad=True)
+    s, v = (
+        torch.randn(2, 7, dtype=torch.double, requires_grad=True),
+        torch.randn(2, 7, 3, dtype=torch.double, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(kernels.scan_attention, (s, v))
     state = kernels.scan_attention(s[:, :4], v[:, :4], return_state=True)[1]
     pieces = kernels.scan_attention(s[:, 4:], v[:, 4:], state)[:, -1].sum()
-    for a, b in zip(torch.autograd.grad(pieces, (s, v)), torch.autograd.grad(kernels.scan_reference(s, v)[:, -1].sum(), (s, v))):
+    for a, b in zip(
+        torch.autograd.grad(pieces, (s, v)), torch.autograd.grad(kernels.scan_reference(s, v)[:, -1].sum(), (s, v))
+    ):
         assert torch.allclose(a, b)
 
 
@@ -247,7 +290,12 @@ def test_truncate_by_its_definition():
 
 
 def test_truncate_keeps_all_ties_and_at_least_one():
-    assert kernels.truncate(torch.tensor([1.0, 1.0, 1.0, 0.0]), top_k=1).isfinite().tolist() == [True, True, True, False]
+    assert kernels.truncate(torch.tensor([1.0, 1.0, 1.0, 0.0]), top_k=1).isfinite().tolist() == [
+        True,
+        True,
+        True,
+        False,
+    ]
     assert kernels.truncate(torch.tensor([0.0, 3.0, 0.0]), top_p=1e-6).isfinite().tolist() == [False, True, False]
     expected = torch.tensor([0.5, 0.25, 0.0, 0.0])
     assert torch.allclose(kernels.truncate(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), top_p=0.7).exp(), expected)
@@ -255,7 +303,9 @@ def test_truncate_keeps_all_ties_and_at_least_one():
 
 def test_sample_temperature_zero_and_generator():
     logits = torch.randn(3, 4, 9)
-    assert torch.equal(kernels.sample(logits, 0), logits.argmax(-1)) and torch.equal(kernels.sample(logits, top_k=1), logits.argmax(-1))
+    assert torch.equal(kernels.sample(logits, 0), logits.argmax(-1)) and torch.equal(
+        kernels.sample(logits, top_k=1), logits.argmax(-1)
+    )
     a, b = (kernels.sample(logits, generator=torch.Generator().manual_seed(7)) for _ in range(2))
     assert a.shape == (3, 4) and a.dtype == torch.int64 and torch.equal(a, b)
 
@@ -271,13 +321,17 @@ def test_sample_draws_from_the_truncated_law(temperature, top_k, top_p):
 
 def drafted(rows, g, V, generator=None):
     p, q = (torch.randn(n, V, generator=generator).mul(1.5).softmax(-1) for n in (g + 1, g))
-    drafts = torch.stack([q[t].multinomial(rows, True, generator=generator) for t in range(g)], 1) if g else torch.zeros(rows, 0, dtype=torch.long)
+    drafts = (
+        torch.stack([q[t].multinomial(rows, True, generator=generator) for t in range(g)], 1)
+        if g
+        else torch.zeros(rows, 0, dtype=torch.long)
+    )
     uniforms, noise = torch.rand(rows, g, generator=generator), torch.empty(rows, V).exponential_(generator=generator)
     return p.expand(rows, g + 1, V), q.expand(rows, g, V), drafts, uniforms, noise
 
 
 def test_verified_tokens_follow_the_target():
-    """The three conditional laws: first token, second token given that the first draft stayed, bonus token given that both did."""
+    """Three conditional laws: first token, second given that the first draft stayed, bonus given that both did."""
     p, q, *rest = drafted(400_000, 2, 5, torch.Generator().manual_seed(3))
     tokens, n = kernels.verify(p, q, *rest)
     assert chi_square(tokens[:, 0].bincount(minlength=5), p[0, 0]) > 1e-4
@@ -293,9 +347,14 @@ def test_verify_corner_cases():
     one = torch.ones(1, 2)
     tokens, n = kernels.verify(p, p[:, :1], torch.tensor([[0]]), torch.tensor([[0.9]]), one)  # p == q stays
     assert tokens.tolist() == [[0, 1]] and n.tolist() == [1]
-    apart = torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]), torch.tensor([[[0.0, 1.0]]])  # disjoint supports: refused, resampled from p
+    apart = (
+        torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]),
+        torch.tensor([[[0.0, 1.0]]]),
+    )  # disjoint supports: refused, resampled from p
     assert kernels.verify(*apart, torch.tensor([[1]]), torch.tensor([[0.0]]), one)[0].tolist() == [[0, -1]]
-    tokens, n = kernels.verify(p[:, 1:], p[:, :0], torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0), one)  # nothing drafted
+    tokens, n = kernels.verify(
+        p[:, 1:], p[:, :0], torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0), one
+    )  # nothing drafted
     assert tokens.tolist() == [[1]] and n.tolist() == [0]
 
 
@@ -315,7 +374,7 @@ def bad_calls():
     p = torch.zeros(2, 3, 5)
     a, d, s = kernels.attention, kernels.decode_attention, kernels.sample
     yield "one dtype", lambda: a(x, x.double(), x.double())
-    yield "multiple of the second", lambda: a(x, x[:, :3], x[:, :3])
+    yield "take a multiple", lambda: a(x, x[:, :3], x[:, :3])
     yield "one shape", lambda: a(x, x, x[..., :4])
     yield "batch and head size", lambda: a(x, x[..., :4], x[..., :4])
     yield "is empty", lambda: a(x[:, :, :0], x, x)
@@ -336,7 +395,10 @@ def bad_calls():
     yield "top_k -1", lambda: s(torch.zeros(2, 5), top_k=-1)
     yield "top_p 0", lambda: s(torch.zeros(2, 5), top_p=0)
     yield "shape of the logits", lambda: s(torch.zeros(2, 5), noise=torch.zeros(5))
-    yield "uniforms is (2, 3)", lambda: kernels.verify(p, p[:, :2], torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 3), torch.zeros(2, 5))
+    yield (
+        "uniforms is (2, 3)",
+        lambda: kernels.verify(p, p[:, :2], torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 3), torch.zeros(2, 5)),
+    )
     yield "must be (batch, gamma)", lambda: kernels.verify(p, p, torch.zeros(2), torch.zeros(2), torch.zeros(2, 5))
     yield "must be (N, D) and (K, D)", lambda: kernels.nearest_code(torch.zeros(3, 4), torch.zeros(3, 5))
     yield "codebook is empty", lambda: kernels.nearest_code(torch.zeros(3, 4), torch.zeros(0, 4))
@@ -349,7 +411,10 @@ def unsupported_by_kernels():
     yield "no kernel for torch.float64", lambda: a(*(torch.zeros(1, 1, 4, 16).double() for _ in range(3)))
     far = torch.empty(1, 1, 3, 2**30, device="meta")[..., :16]
     yield "make the tensor contiguous", lambda: kernels._check_kernel("attention", far)
-    yield "use attention(mask=causal(65", lambda: d(torch.zeros(1, 1, 65, 16), torch.zeros(1, 1, 99, 16), torch.zeros(1, 1, 99, 16), 80)
+    yield (
+        "use attention(mask=causal(65",
+        lambda: d(torch.zeros(1, 1, 65, 16), torch.zeros(1, 1, 99, 16), torch.zeros(1, 1, 99, 16), 80),
+    )
     yield "take at most 32768", lambda: kernels.sample(torch.zeros(1, 40000))
     yield "no kernel for head size 200", lambda: kernels.scan_attention(torch.zeros(1, 3), torch.zeros(1, 3, 200))
 
@@ -375,7 +440,8 @@ def test_use_and_path():
 def test_import_is_silent_and_works_without_triton(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('not for this platform')", encoding="utf-8")
     code = (
-        "import kernels, torch; x = torch.randn(1, 2, 5, 8); assert kernels.triton is None; assert not torch.cuda.is_initialized();"
+        "import kernels, torch; assert kernels.triton is None and not torch.cuda.is_initialized();"
+        "x = torch.randn(1, 2, 5, 8);"
         "kernels.attention(x, x, x, kernels.causal(5)); kernels.sample(x); kernels.nearest_code(x[0, 0], x[0, 1])"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.path.dirname(kernels.__file__)])}
@@ -407,13 +473,16 @@ def test_causal_kernel_at_every_length(n, triton_path):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("mask", [m for n, m in MASKS.items() if n != "causal"], ids=[n for n in MASKS if n != "causal"])
+@pytest.mark.parametrize(
+    "mask", [m for n, m in MASKS.items() if n != "causal"], ids=[n for n in MASKS if n != "causal"]
+)
 def test_kernel_with_every_mask(mask, triton_path):
     assert attention_error(mask, heads=(2, 1)) < 1e-5
 
 
 @needs_interpreter
-@pytest.mark.parametrize("size, dtype, bound", [(24, torch.float32, 1e-5), (5, torch.float32, 1e-5), (128, torch.float32, 1e-5),
+@pytest.mark.parametrize("size, dtype, bound", [(24, torch.float32, 1e-5), (5, torch.float32, 1e-5),
+                                                (128, torch.float32, 1e-5),
                                                 (16, torch.bfloat16, 1e-2), (16, torch.float16, 2e-3)])  # fmt: skip
 def test_kernel_head_sizes_and_dtypes(size, dtype, bound, triton_path):
     assert attention_error(kernels.window(49, 20), heads=(3, 3), size=size, dtype=dtype, scale=0.2, batch=1) < bound
@@ -428,13 +497,17 @@ def test_kernel_gradients_by_finite_differences(triton_path):
         direction, step = torch.randn_like(x[k]), 1e-2
         ends = [[t + sign * step * direction if i == k else t for i, t in enumerate(x)] for sign in (1, -1)]
         up, down = ((kernels.attention(*e, mask).double() * weight).sum() for e in ends)
-        assert math.isclose(float(up - down) / (2 * step), float((gradients[k] * direction).sum()), rel_tol=5e-3, abs_tol=5e-4)
+        assert math.isclose(
+            float(up - down) / (2 * step), float((gradients[k] * direction).sum()), rel_tol=5e-3, abs_tol=5e-4
+        )
 
 
 @needs_interpreter
 def test_expanded_gradient_and_zero_strides(triton_path):
     x = [torch.randn(1, 2, 17, 16).requires_grad_() for _ in range(3)]
-    ours = torch.autograd.grad(kernels.attention(*x, kernels.causal(17)).sum(), x)  # .sum() hands back a gradient with stride 0
+    ours = torch.autograd.grad(
+        kernels.attention(*x, kernels.causal(17)).sum(), x
+    )  # .sum() hands back a gradient with stride 0
     with kernels.use("reference"):
         truth = torch.autograd.grad(kernels.attention(*x, kernels.causal(17)).sum(), x)
     assert all(relative(a, b.double()) < 1e-5 for a, b in zip(ours, truth))
@@ -442,7 +515,8 @@ def test_expanded_gradient_and_zero_strides(triton_path):
 
 @needs_interpreter
 @pytest.mark.parametrize("heads, rows, size, cache, lengths, causal", [
-    ((4, 2), 1, 16, 100, [100, 37], True), ((2, 2), 5, 24, 130, 129, True), ((4, 1), 3, 16, 70, [3, 17], False), ((2, 2), 1, 16, 40, 1, True),
+    ((4, 2), 1, 16, 100, [100, 37], True), ((2, 2), 5, 24, 130, 129, True), ((4, 1), 3, 16, 70, [3, 17], False),
+    ((2, 2), 1, 16, 40, 1, True),
     ((2, 1), 3, 16, 70, [2, 64], True),
 ])  # fmt: skip
 def test_decode_kernel(heads, rows, size, cache, lengths, causal, triton_path):
@@ -492,7 +566,10 @@ def test_verify_kernel_equals_the_reference(rows, g, V, triton_path):
 def test_verify_kernel_falls_back_to_the_target_when_the_residual_is_empty(triton_path):
     p, q, drafts, uniforms, noise = drafted(4, 2, 11)
     q = p[:, :2]
-    ours, truth = kernels.verify(p, q, drafts, uniforms + 1, noise), kernels.verify_reference(p, q, drafts, uniforms + 1, noise)
+    ours, truth = (
+        kernels.verify(p, q, drafts, uniforms + 1, noise),
+        kernels.verify_reference(p, q, drafts, uniforms + 1, noise),
+    )
     assert torch.equal(ours[0], truth[0]) and (ours[1] == 0).all() and (ours[0][:, 0] >= 0).all()
 
 
@@ -509,18 +586,20 @@ def test_nearest_kernel(n, k, d, triton_path):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("message, call", list(unsupported_by_kernels()), ids=[message for message, _ in unsupported_by_kernels()])
+@pytest.mark.parametrize(
+    "message, call", list(unsupported_by_kernels()), ids=[message for message, _ in unsupported_by_kernels()]
+)
 def test_what_kernels_do_not_support_is_refused(message, call, triton_path):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-# --- 3. the kernels, compiled for GPUs that are not here ---------------------------------------------------------------
+# --- 3. the kernels, compiled for GPUs that are not here --------------------------------------------------------------
 
 
 def compile_all(arch):
-    """Run the wrappers on CPU tensors with a driver that reports `arch`, compile every launch and start none. -> [{kernel, case, ..}]"""
+    """Run the wrappers on CPU tensors under a driver that reports `arch`; compile every launch and start none."""
     import re
     import tempfile
 
@@ -545,11 +624,22 @@ def compile_all(arch):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True).stdout
+            usage = subprocess.run(
+                [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True
+            ).stdout
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         ptx = kernel.asm["ptx"]
         products = {"wgmma": ptx.count("wgmma.mma_async"), "mma": len(re.findall(r"\bmma\.sync", ptx))}
-        reports.append({"kernel": self.fn.__name__, "case": case, "registers": registers, "stack": stack, "shared": kernel.metadata.shared, **products})
+        reports.append(
+            {
+                "kernel": self.fn.__name__,
+                "case": case,
+                "registers": registers,
+                "stack": stack,
+                "shared": kernel.metadata.shared,
+                **products,
+            }
+        )
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = run
@@ -557,14 +647,19 @@ def compile_all(arch):
     kernels._arch = lambda x: f"sm_{arch}"
     bf16, f32 = torch.bfloat16, torch.float32
     for case, mask, heads, size, dtype in (
-        ("causal", kernels.causal(512), (2, 2), 64, bf16), ("causal", kernels.causal(512), (2, 2), 128, bf16), ("scales", kernels.scales([1, 15, 240]), (2, 2), 16, bf16),
-        ("grouped window", kernels.window(512, 200), (4, 2), 64, torch.float16), ("tree", kernels.tree(range(-1, 129)), (2, 2), 32, bf16),
+        ("causal", kernels.causal(512), (2, 2), 64, bf16), ("causal", kernels.causal(512), (2, 2), 128, bf16),
+        ("scales", kernels.scales([1, 15, 240]), (2, 2), 16, bf16), ("tree", kernels.tree(range(-1, 129)), (2, 2), 32, bf16),
+        ("grouped window", kernels.window(512, 200), (4, 2), 64, torch.float16),
         ("causal float32", kernels.causal(64), (2, 2), 64, f32),
     ):  # fmt: skip
         case = f"{case} {size}"
         n = mask.shape[0]
-        q, k, v = (torch.zeros(1, n, h, size, dtype=dtype).transpose(1, 2).requires_grad_() for h in (heads[0], heads[1], heads[1]))
-        kernels.attention(q, k, v, mask).sum().backward()
+        q, k, v = (
+            torch.zeros(1, n, h, size, dtype=dtype).transpose(1, 2).requires_grad_()
+            for h in (heads[0], heads[1], heads[1])
+        )
+        out = kernels.attention(q, k, v, mask)
+        out.backward(torch.zeros_like(out))
     for rows, size, dtype in ((1, 64, bf16), (16, 128, bf16), (1, 64, f32)):
         case = f"decode {rows} {size} {dtype}"
         cache = torch.zeros(2, 2, 512, size, dtype=dtype)
@@ -576,7 +671,13 @@ def compile_all(arch):
         case = f"sample {V}"
         kernels.sample(torch.zeros(4, V), 1.0, 50, 0.9)
     case = "verify"
-    kernels.verify(torch.zeros(4, 5, 999), torch.zeros(4, 4, 999), torch.zeros(4, 4, dtype=torch.long), torch.zeros(4, 4), torch.zeros(4, 999))
+    kernels.verify(
+        torch.zeros(4, 5, 999),
+        torch.zeros(4, 4, 999),
+        torch.zeros(4, 4, dtype=torch.long),
+        torch.zeros(4, 4),
+        torch.zeros(4, 999),
+    )
     for size in (16, 256):
         case = f"nearest {size}"
         kernels.nearest_code(torch.zeros(1000, size), torch.zeros(512, size), return_residual=True)
@@ -587,7 +688,12 @@ def compile_all(arch):
 def compiled(request, tmp_path_factory):
     """Reports of `compile_all` for both architectures; another process, because this one interprets."""
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    runs = {arch: subprocess.Popen([sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for arch in (80, 90)}
+    runs = {
+        arch: subprocess.Popen(
+            [sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for arch in (80, 90)
+    }
     out = {arch: run.communicate() for arch, run in runs.items()}
     for arch, (stdout, stderr) in out.items():
         assert runs[arch].returncode == 0, stderr[-3000:]
@@ -601,12 +707,16 @@ def test_every_launch_compiles_within_bounds(arch, shared, compiled):
     reports = compiled[arch]
     assert len(reports) == 6 * 3 + 3 * 2 + 2 + 2 + 1 + 2
     for r in reports:
-        allowed = 96 if "grouped" in r["case"] else 0  # bytes a thread: a few values that live across the loop over heads
+        allowed = (
+            32 if "grouped" in r["case"] else 0
+        )  # bytes a thread: a few values that live across the loop over heads
         assert r["stack"] <= allowed, f"spills: {r}"
         assert r["shared"] <= shared, f"more shared memory than sm_{arch} has: {r}"
         assert r["registers"] <= 255, r
         if r["kernel"].startswith("_attention"):
-            assert r["wgmma" if arch == 90 and "float32" not in r["case"] else "mma"] > 0, f"products not on the tensor cores: {r}"
+            assert r["wgmma" if arch == 90 and "float32" not in r["case"] else "mma"] > 0, (
+                f"products not on the tensor cores: {r}"
+            )
         if r["kernel"] in ("_decode_chunks", "_nearest"):
             assert r["wgmma"] + r["mma"] > 0, r
 
