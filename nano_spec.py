@@ -53,7 +53,6 @@ import statistics
 import sys
 import threading
 import time
-import types
 import urllib.request
 import zipfile
 import zlib
@@ -88,7 +87,8 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv, parts, presets, description):
     """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    explained = "; ".join(f"{name}: {text}" for name, text in parts.items())
+    parser.add_argument("part", nargs="?", help=explained + "; without it: everything")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
@@ -172,7 +172,7 @@ class Config:
     top_k: int = opt(0, "keep the k most probable tokens; 0 keeps all", low=0)
     top_p: float = opt(1.0, "keep the most probable tokens up to this mass", low=1e-6, high=1)
     prompts: int = opt(4, "bench: prompts, each of 32 bytes of the test split", low=1)
-    repeats: int = opt(3, "bench: repetitions of every measurement, in turn", low=1)
+    repeats: int = opt(2, "bench: repetitions of every measurement, in turn", low=1)
     samples: int = opt(1000, "image: samples per method for gFD and accuracy", low=40)
     window: int = opt(8, "image: drafted tokens per call", low=1)
 
@@ -202,7 +202,7 @@ def pick_device(name, precision="auto"):
 
 
 def keep_freed_memory():
-    """glibc returns large freed blocks to the kernel, and each step then pays to map them again: tell it to keep them (a fifth faster)."""
+    """Large freed blocks go back to the kernel, and each step pays to map them again: tell glibc to keep them (a fifth faster)."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # not glibc
             libc = ctypes.CDLL(None)
@@ -237,7 +237,8 @@ class Progress:
         if self.bar.disable and self.done * 10 // self.total > (self.done - n) * 10 // self.total:
             rate = (self.done - self.start) / max(time.time() - self.began, 1e-9)
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left", flush=True)
+            left = (self.total - self.done) / rate
+            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {left:.0f} s left", flush=True)
         if self.done >= self.total:
             self.bar.close()
 # --- end shared
@@ -313,7 +314,7 @@ def glyph_masters(size=96):
 
 
 def glyphs(n, seed, masters=None):
-    """n digits 0-9 under random affine maps, stroke weight and contrast -> uint8 (n, 32, 32), labels (n,). Deterministic by seed."""
+    """n digits under random affine maps, in random font, weight and contrast -> uint8 (n, 32, 32), labels (n,). Fixed by seed."""
     masters = glyph_masters() if masters is None else masters
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=g)
@@ -343,11 +344,12 @@ def read_idx(path):
 
 
 def read_images(path):
-    """An IDX file, an .npz with `images` and `labels`, or a folder with one sub-folder of PNG or JPEG files per class -> two arrays."""
+    """An IDX file, an .npz with `images` and `labels`, or a folder of PNG and JPEG files, one sub-folder per class -> two arrays."""
     if path.is_dir():
         from PIL import Image, ImageOps
         classes = sorted(p for p in path.iterdir() if p.is_dir())
-        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        kinds = (".png", ".jpg", ".jpeg")
+        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in kinds]
         if not files:
             raise ValueError("no PNG or JPEG files in sub-folders, one per class")
         images = [np.asarray(ImageOps.fit(Image.open(p).convert("L"), (32, 32))) for p, _ in files]  # cropped to a square
@@ -377,8 +379,9 @@ def as_images(images, labels):
 IMAGE_SETS = {  # name: sub-folder (both sets use the same file names), address, MD5 of the four files
     "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873",
               "d53e105ee54ea40749a09fcbcd1e9432", "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
-    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                      "25c81989df183df01b3e8a0aad5dffbe", "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
+    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                      "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
 }
 IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 
@@ -1340,7 +1343,8 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["model"]
     except Exception as error:  # torch reports a broken file by many types
-        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train again") from None
+        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train "
+                        "again") from None
     return state
 
 
@@ -1389,7 +1393,7 @@ class Interrupt:
 
 
 def orthogonalize(G, rounds=5, dtype=torch.float32):
-    """The nearest orthogonal matrix, nearly: U V^T of G = U S V^T, with singular values of 0.7 to 1.2 instead of 1. G (..., m, n).
+    """G (..., m, n) -> nearly the nearest orthogonal matrix: U V^T of G = U S V^T, but with singular values of 0.7 to 1.2.
 
     Newton-Schulz: the odd quintic a x + b x^3 + c x^5, applied to a matrix, acts on its singular values alone, and these
     coefficients push every value in (0, 1] towards 1 in five rounds of matrix products (Jordan et al. 2024).
@@ -1408,7 +1412,7 @@ def orthogonalize(G, rounds=5, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every direction of a weight matrix moves at the same speed, the rare ones too (Jordan et al. 2024).
+    """Momentum, orthogonalised: all directions of a weight matrix move at one speed, the rare ones too (Jordan et al. 2024).
 
     For the matrices inside the blocks only. Matrices of one shape are orthogonalised in one batched product.
     """
@@ -1623,7 +1627,7 @@ def seconds_of(function, repeats=15):
     return statistics.median(times[1:])
 
 
-def cost_table(target, text, rows=(1, 2, 3, 4, 5, 6, 7, 9, 13, 17, 25, 49)):
+def cost_table(target, text, rows=(1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 49)):
     """Seconds of one target call on k new tokens behind a cached text: the t(k) of every prediction."""
     def call(k):
         target.length = len(text) - 1
@@ -1657,7 +1661,7 @@ def bench_text(config, models, data, tv):
     target, methods = Stream(models["target"], size, **warp_settings(config)), drafters(config, models, data, size)
     prompts = [data.test[i * every:i * every + 32].tolist() for i in range(config.prompts)]
     text, gammas, rows = data.test[:32 + config.new // 2].tolist(), (1, 2, 3, 4, 6, 8), []
-    costs, bar = cost_table(target, text), Progress(len(gammas), "bench")
+    tables, bar = [], Progress(len(gammas), "bench")
 
     def timed(decode):
         target.length, start = 0, time.perf_counter()
@@ -1665,25 +1669,25 @@ def bench_text(config, models, data, tv):
         return time.perf_counter() - start, out
 
     for gamma in gammas:
+        tables.append(cost_table(target, text))  # anew for every gamma: machines drift
         runs = {name: [] for name in ("plain", *methods)}
         for i, prompt in enumerate(prompts * config.repeats):
             runs["plain"].append(timed(lambda: plain(target, prompt, Rng(i), config.new)))
             for name, (make, choose, _) in methods.items():
                 drafter = make(target)
                 runs[name].append(timed(lambda: speculate(target, drafter, prompt, Rng(i), config.new, gamma, choose)))
-        middle = {name: statistics.median(t for t, _ in r) for name, r in runs.items()}
+        total = {name: sum(t for t, _ in run) for name, run in runs.items()}
         per_prompt = lambda run: (min(t for t, _ in run[i::len(prompts)]) for i in range(len(prompts)))
         least = {name: sum(per_prompt(run)) for name, run in runs.items()}
         for name, (make, choose, proof) in methods.items():
             tau = config.new * len(runs[name]) / sum(out.calls for _, out in runs[name])
             rows.append({"name": name, "task": "text", "exact": proof is not None, "gamma": gamma, "tau": tau,
-                         "calls_per_token": 1 / tau, "speedup": middle["plain"] / middle[name],
+                         "calls_per_token": 1 / tau, "speedup": total["plain"] / total[name],
                          "speedup_of_minima": least["plain"] / least[name], "tv": tv.get(proof),
-                         "ms_per_token": 1000 * middle[name] / config.new,
-                         "ms_per_token_plain": 1000 * middle["plain"] / config.new})
-            explain(rows[-1], make, choose, target, prompts[0], text, costs, config)
+                         "ms_per_token": 1000 * total[name] / len(runs[name]) / config.new})
+            explain(rows[-1], make, choose, target, prompts[0], text, tables[-1], config)
         bar.update()
-    return rows, costs
+    return rows, {k: statistics.median(table[k] for table in tables) for k in tables[0]}
 
 
 def best_rows(rows):
@@ -1779,7 +1783,7 @@ def diversity(features, labels):
 
 
 def image_metrics(judge, images, labels, real, real_labels):
-    """Samples (uint8) with the classes asked for, against real images -> gfd, class_accuracy, diversity (1 = as varied as real)."""
+    """uint8 samples and the classes asked for, against real images -> gfd, class_accuracy, diversity (1: as varied as real)"""
     (features, seen), (real_features, _) = judged(judge, images), judged(judge, real)
     return {"gfd": frechet_distance(features, real_features), "class_accuracy": float((seen == labels).double().mean()),
             "diversity": diversity(features, labels) / diversity(real_features, real_labels)}
