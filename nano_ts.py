@@ -280,7 +280,7 @@ class Series:
 
     def __post_init__(self):
         if self.period == 0:
-            self.period = find_period(fill(self.observed, 1))
+            self.period = find_period(fill(self.observed, 1), usual_season(self.step))
             self.notes.append(f"season: {self.period} rows" if self.period > 1 else "season: none found")
         if len(self.observed) < 2 * self.period + 2:
             raise UserError(f"{self.name}: {len(self.observed)} rows do not hold two seasons of {self.period}: "
@@ -324,6 +324,8 @@ def load_series(config):
     if config.period != "auto" and not config.period.isdigit():
         raise UserError(f"--period must be a number of rows or auto, got {config.period}")
     period = 0 if config.period == "auto" else max(1, int(config.period))
+    if period > 700:
+        raise UserError(f"--period {period}: at most 700 rows; average the file to coarser steps, or use --period 1")
     if config.data == "ar":
         x = ar_process(AR_TRUTH, 20_000, config.seed)
         return Series("ar", ["x"], x, list(range(len(x))), ("rows", 1), period or 1, noise=(AR_TRUTH, 1.0))
@@ -358,23 +360,36 @@ def fill(observed, period):
     return values
 
 
-def find_period(values, least=0.2):
-    """Rows in a season, from the autocorrelation r of the columns without their slow level; 1 where there is no
-    season.
+def usual_season(step):
+    """The season that a clock suggests: a day of hours or minutes, a week of days, a year of weeks or months; else 0."""
+    unit, n = step
+    if unit == "seconds":
+        rows = {86400: 7, 604800: 52}.get(n, 86400 / n)
+    else:
+        rows = {"weekdays": 5, "months": 12 / n, "month ends": 12 / n}.get(unit, 0)
+    return int(rows) if rows == int(rows) and 2 <= rows <= 336 else 0
 
-    A season is a lag k whose r is the highest between k/2 and 3k/2: noise makes small peaks anywhere, but none
-    like this. Of those the first that reaches 0.8 of the highest, or a week of similar days would be called 168
-    and not 24.
-    """
-    n = len(values)
-    width = min(n // 4, 500) // 2 * 2 + 1  # odd
-    if width < 5:
-        return 1
+
+def correlogram(values, width):
+    """Autocorrelation 0..width of the columns (T, C) without their slow level, a moving mean over `width` (odd) rows."""
     padded = np.pad(values, ((width // 2, width // 2), (0, 0)), mode="edge")
     level = np.stack([np.convolve(column, np.full(width, 1 / width), mode="valid") for column in padded.T], axis=1)
-    rest = values - level
-    r = autocovariance(torch.tensor(rest / (rest.std(0) + 1e-12)), width).numpy()
-    high = [k for k in range(2, width * 2 // 3) if r[k] >= least * r[0]]
+    rest = (values - level) / ((values - level).std(0) + 1e-12)
+    r = autocovariance(torch.tensor(rest), width).numpy()
+    return r / max(r[0], 1e-12)
+
+
+def find_period(values, usual=0, least=0.2):
+    """Rows in a season: the `usual` one if it shows, else a lag where the autocorrelation r has a broad peak, else 1.
+
+    A broad peak k is the highest r between k/2 and 3k/2: noise makes small peaks anywhere, but none like this. Of those,
+    the first that reaches 0.8 of the highest counts, or a week of similar days would be called 168 and not 24.
+    """
+    if 3 * usual <= len(values) and usual and correlogram(values, usual | 1)[usual] >= least:
+        return usual
+    width = min(len(values) // 4, 500) // 2 * 2 + 1
+    r = correlogram(values, width)
+    high = [k for k in range(2, width * 2 // 3) if r[k] >= least]
     seasons = [k for k in high if r[k] == r[k // 2 : k + k // 2 + 1].max()]
     return next((k for k in seasons if r[k] >= 0.8 * max(r[j] for j in seasons)), 1)
 
@@ -1007,26 +1022,25 @@ RECIPES = {"arnet": (1500, 512, 3e-3), "dlinear": (800, 256, 1e-3),  # steps, wi
 
 
 def build(name, table, period, config, seed=0, path=None):
-    """Fit one rung on all rows of `table` (T, C), scaled. Sizes follow the season P; no lookback exceeds a
-    quarter of the rows."""
+    """Fit one rung on all rows of `table` (T, C), scaled. Sizes follow the season P and stay below a quarter of the rows."""
     rows, P = len(table), period
     most = max(1, rows // 4 // P)  # seasons in a lookback
     token = P * -(-16 // P)  # whole seasons, at least 16 rows: 24 -> 24, 7 -> 21, 1 -> 16
-    chunk, lookback = config.chunk or 4 * token, config.lookback or min(14 * token, rows // 4)
-    order = config.order or max(1, min(14 * P if P > 1 else 32, rows // 4))
+    chunk, lookback = config.chunk or 4 * token, config.lookback or min(14 * token, rows // 4, 1000)
+    order = config.order or max(1, min(14 * P if P > 1 else 32, rows // 4, 500))
     if name == "repeat":
         return LagModel([1], [1.0])
     if name == "snaive":
         return LagModel(range(P, 0, -1), torch.eye(P), P)
     if name == "profile":
-        n = min(30, most)
+        n = max(1, min(30, most, 2000 // P))
         return LagModel(range(n * P, 0, -1), torch.eye(P).repeat(n, 1) / n, P)
     if name == "ar":
         return fit_lags(table, range(1, order + 1), least=lookback)
     if name == "yw":
         return yule_walker(table, order, least=lookback)
     if name == "sar":
-        return fit_lags(table, seasonal_lags(P, max(1, min(29, most - 1))), P, least=lookback)
+        return fit_lags(table, seasonal_lags(P, max(1, min(29, most - 1, 1000 // P))), P, least=lookback)
     if name == "ridge":
         return fit_lags(table, range(1, lookback + 1), chunk=chunk, ridge=1e-3)
     torch.manual_seed(seed)
@@ -1620,7 +1634,7 @@ def compete(config, series, horizons, names, device, out):
     print(f"the validation rows choose {best.name}")
     if series.noise:
         floors = ", ".join(f"{arena.floor(h).mean():.3f} at h = {h}" for h in horizons)
-        print(f"no forecast beats the noise alone: MSE {floors}")
+        print(f"floor, the noise alone (expected, not of this sample): MSE {floors}")
     block, bands, intervals = min(96, max(1, arena.H // 4)), {}, {}
     for rung in {r.name: r for r in rungs if r.name in ("ar", "sar", "decoder", "sar+decoder") or r is best}.values():
         if config.interval == "psi" and rung.name not in ("ar", "yw", "sar"):
