@@ -15,25 +15,27 @@ Tokens   --tokens patches   k-means codebook over 4x4 patches (default, 64 token
 Order    --order raster     row by row: one call per token
          --order diag       all tokens of an anti-diagonal at once: 2n-1 calls (NAR, He et al. 2025, arXiv:2503.10696)
 
-Papers   Image Transformer-style raster models at small scale, with the recipe of LlamaGen (Sun et al. 2024, arXiv:2406.06525;
-         github.com/FoundationVision/LlamaGen): class token, 2-D RoPE (Su et al. 2021, arXiv:2104.09864), label dropout and
-         classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598). Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+Papers   The recipe of LlamaGen (Sun et al. 2024, arXiv:2406.06525; github.com/FoundationVision/LlamaGen) at small scale:
+         class token, 2-D RoPE (Su et al. 2021, arXiv:2104.09864), label dropout, classifier-free guidance (Ho & Salimans
+         2022, arXiv:2207.12598). The optimizer is Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-Commands                                              two CPU cores        expect
-    python nano_ar.py                                 @TIME_GLYPHS@
-    python nano_ar.py --data mnist                    @TIME_MNIST@
-    python nano_ar.py --order diag --out out/diag     the same             15 calls per image instead of 64
-    python nano_ar.py sample --guidance 3             seconds              draws from the trained model
-    python nano_ar.py complete                        seconds              lower halves for given upper halves
-    python nano_ar.py bench                           1 minute             tokens per second, with and without cache
+Commands                                            two CPU cores     expect
+    python nano_ar.py                               108 s, 1.0 GB     98 % read as the class asked for, gFD 4.6 (ceiling 4.1)
+    python nano_ar.py --data mnist                  2 minutes         97 % (on 9,000 images), gFD 2.6 (ceiling 2.3)
+    python nano_ar.py --order diag --out out/diag   a little less     15 calls per image instead of 64
+    python nano_ar.py sample --guidance 3           seconds           draws from the trained model
+    python nano_ar.py complete                      seconds           lower halves for given upper halves
+    python nano_ar.py bench                         seconds           tokens per second, with and without the cache
+--check fails when fewer than 95 % of the glyphs are read as the class that was asked for.
 
-Token folder: `tokens.npz` holds `train_tokens` (N, L) and `test_tokens` (M, L) integers in 0..codebook_size-1, `train_labels`, `test_labels`,
-`train_images`, `test_images` (uint8, N x 32 x 32, the originals that the metrics compare with), `grid` (rows, columns; rows * columns = L)
-and `codebook_size`; `decoder.pt2` is a `torch.export` program: int64 tokens (B, L) -> float images (B, 32, 32) in [0, 1]. It runs without the
-code of the class that made it.
+Token folder (--tokens FOLDER), for tokens that another program made. `tokens.npz` holds `train_tokens` (N, L) and
+`test_tokens` (M, L), integers in 0 .. codebook_size - 1; `train_labels`, `test_labels`; `train_images`, `test_images`, the
+originals (uint8, N x 32 x 32) that the metrics compare with; `grid`, rows and columns with rows * columns = L;
+`codebook_size`. `decoder.pt2` is a `torch.export` program, int64 tokens (B, L) -> float images (B, 32, 32) in [0, 1]: it runs
+without the code of the class that made it.
 
-Left out on purpose: a learned decoder with perceptual or adversarial loss (nano_tok), next-scale order (nano_var), faster decoding
-(nano_spec), learning-rate warm-up (Muon with zero-initialised outputs does not need it), weight averaging, distributed training.
+Left out on purpose: a learned decoder (nano_tok), next-scale order (nano_var), faster decoding (nano_spec), warm-up (Muon with
+zero-initialised output layers needs none), dropout and weight averaging, distributed training.
 
 Read in this order: `make_order`, `GPT`, `generate`, `train`; the rest is data, metrics and pictures.
 """
@@ -88,7 +90,8 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv, parts, presets, description):
     """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    explained = "; ".join(f"{name}: {text}" for name, text in parts.items())
+    parser.add_argument("part", nargs="?", help=explained + "; without it: everything")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
@@ -137,7 +140,8 @@ def cli(main):
 @dataclasses.dataclass
 class Config:
     # what and where
-    data: str = opt("glyphs", "glyphs, mnist, fashion-mnist, or a path: IDX file, .npz with images and labels, folder of class folders", fixed=True)
+    data: str = opt("glyphs", "glyphs, mnist, fashion-mnist, or a path: IDX file, .npz with images and labels, folder of "
+                    "class folders", fixed=True)
     out: str = opt("out/ar", "folder for checkpoints, pictures, samples.npz and metrics.json")
     preset: str = opt("cpu", "cpu: two minutes on two cores; gpu: a wider, deeper model and a longer run", choices=("cpu", "gpu"))
     seed: int = opt(0, "seed of the data, the model and the samples", low=0, fixed=True)
@@ -162,7 +166,8 @@ class Config:
     batch: int = opt(64, "images per step", low=1, fixed=True)
     lr: float = opt(0.04, "learning rate of Muon, for the matrices inside the blocks", low=0, fixed=True)
     lr_adam: float = opt(0.02, "learning rate of AdamW, for embeddings and heads", low=0, fixed=True)
-    label_dropout: float = opt(0.1, "share of labels hidden in training, so that guidance has an unconditional model", low=0, high=1, fixed=True)
+    label_dropout: float = opt(0.1, "share of labels hidden in training: guidance needs an unconditional model too",
+                               low=0, high=1, fixed=True)
     eval_every: int = opt(100, "steps between validations and checkpoints", low=1, fixed=True)
     # sampling
     samples: int = opt(2000, "images drawn for the metrics", low=10)
@@ -172,11 +177,11 @@ class Config:
     top_p: float = opt(1.0, "keep the most probable tokens up to this mass", low=0, high=1)
 
 
-PARTS = {"train": "only train", "sample": "draw images from the checkpoint", "eval": "only the metrics", "complete": "finish half images",
+PARTS = {"train": "only train", "sample": "draw from the checkpoint", "eval": "only the metrics", "complete": "finish half images",
          "bench": "tokens per second"}
-PRESETS = {"cpu": {}, "gpu": dict(codebook=1024, dim=384, depth=8, heads=6, steps=4000, batch=256, lr=0.01, lr_adam=0.002, eval_every=500,
-                                  samples=10000)}
-BAND = {"glyphs": dict(class_accuracy=0.95)}  # what --check asks for
+PRESETS = {"cpu": {}, "gpu": dict(codebook=1024, dim=384, depth=8, heads=6, steps=4000, batch=256, lr=0.02, lr_adam=0.005,
+                                  eval_every=500, samples=10000)}
+CHECK = {"class_accuracy": 0.95}  # what --check asks of the glyphs
 
 
 # --- shared: device
@@ -195,7 +200,7 @@ def pick_device(name, precision="auto"):
 
 
 def keep_freed_memory():
-    """glibc returns large freed blocks to the kernel, and each step then pays to map them again: tell it to keep them (a fifth faster)."""
+    """Large freed blocks go back to the kernel, and each step pays to map them again: tell glibc to keep them (a fifth faster)."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # not glibc
             libc = ctypes.CDLL(None)
@@ -230,7 +235,8 @@ class Progress:
         if self.bar.disable and self.done * 10 // self.total > (self.done - n) * 10 // self.total:
             rate = (self.done - self.start) / max(time.time() - self.began, 1e-9)
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left", flush=True)
+            left = (self.total - self.done) / rate
+            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {left:.0f} s left", flush=True)
         if self.done >= self.total:
             self.bar.close()
 # --- end shared
@@ -306,7 +312,7 @@ def glyph_masters(size=96):
 
 
 def glyphs(n, seed, masters=None):
-    """n digits 0-9 under random affine maps, stroke weight and contrast -> uint8 (n, 32, 32), labels (n,). Deterministic by seed."""
+    """n digits under random affine maps, in random font, weight and contrast -> uint8 (n, 32, 32), labels (n,). Fixed by seed."""
     masters = glyph_masters() if masters is None else masters
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (n,), generator=g)
@@ -336,11 +342,12 @@ def read_idx(path):
 
 
 def read_images(path):
-    """An IDX file, an .npz with `images` and `labels`, or a folder with one sub-folder of PNG or JPEG files per class -> two arrays."""
+    """An IDX file, an .npz with `images` and `labels`, or a folder of PNG and JPEG files, one sub-folder per class -> two arrays."""
     if path.is_dir():
         from PIL import Image, ImageOps
         classes = sorted(p for p in path.iterdir() if p.is_dir())
-        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in (".png", ".jpg", ".jpeg")]
+        kinds = (".png", ".jpg", ".jpeg")
+        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in kinds]
         if not files:
             raise ValueError("no PNG or JPEG files in sub-folders, one per class")
         images = [np.asarray(ImageOps.fit(Image.open(p).convert("L"), (32, 32))) for p, _ in files]  # cropped to a square
@@ -370,8 +377,9 @@ def as_images(images, labels):
 IMAGE_SETS = {  # name: sub-folder (both sets use the same file names), address, MD5 of the four files
     "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873",
               "d53e105ee54ea40749a09fcbcd1e9432", "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
-    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/", "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                      "25c81989df183df01b3e8a0aad5dffbe", "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
+    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
+                      "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
 }
 IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 
@@ -474,22 +482,23 @@ def read_token_folder(folder):
         raise UserError(f"--tokens {folder}: expected patches, pixels, or a folder that holds tokens.npz and decoder.pt2")
     try:
         with np.load(path, allow_pickle=False) as file:
-            parts = {k: torch.from_numpy(file[k].astype(np.int64)) for k in ("train_tokens", "test_tokens", "train_labels", "test_labels")}
-            train, test = torch.from_numpy(file["train_images"]), torch.from_numpy(file["test_images"])
+            names = ("train_tokens", "test_tokens", "train_labels", "test_labels")
+            train, test, train_labels, test_labels = (torch.from_numpy(file[name].astype(np.int64)) for name in names)
+            train_images, test_images = torch.from_numpy(file["train_images"]), torch.from_numpy(file["test_images"])
             grid, size = tuple(int(g) for g in file["grid"]), int(file["codebook_size"])
         decoder = torch.export.load(path.with_name("decoder.pt2")).module()
     except Exception as error:  # numpy and torch report broken files by many types
         raise UserError(f"{folder} is no complete token folder ({error}): export it again") from None
-    if not (parts["train_tokens"].shape[1:] == parts["test_tokens"].shape[1:] == (math.prod(grid),)) or parts["train_tokens"].max() >= size:
-        raise UserError(f"{path}: tokens {tuple(parts['train_tokens'].shape)} up to {parts['train_tokens'].max()} do not fit grid {grid} "
-                        f"and codebook_size {size}")
+    shapes_fit = train.shape[1:] == test.shape[1:] == (math.prod(grid),)
+    if not shapes_fit or not 0 <= min(train.min(), test.min()) <= max(train.max(), test.max()) < size:
+        raise UserError(f"{path}: tokens {tuple(train.shape)}, {tuple(test.shape)} do not fit the grid {grid} of {size} codes")
 
     @torch.no_grad()
     def decode(tokens):
         return torch.cat([(decoder(t).clamp(0, 1) * 255).round().byte() for t in tokens.cpu().split(256)])
 
-    images = Images(path.parent.name, train, parts["train_labels"], test, parts["test_labels"])
-    return images, Tokens(parts["train_tokens"], parts["test_tokens"], grid, size, decode)
+    images = Images(path.parent.name, train_images, train_labels, test_images, test_labels)
+    return images, Tokens(train, test, grid, size, decode)
 
 
 def load_tokens(config, device, codebook=None):
@@ -531,7 +540,7 @@ def rope_rotations(places, head_dim, base=100.0):
 
 
 def rotate(x, rotations):
-    """Pairs (x0, x1), (x2, x3), ... of the last axis, read as complex numbers and turned: x (..., D), rotations (..., D/2). In fp32."""
+    """Pairs (x0, x1), (x2, x3), ... read as complex numbers and turned, in fp32: x (..., D), rotations (..., D/2)"""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations).flatten(-2)
 
@@ -600,7 +609,7 @@ class GPT(nn.Module):
                    for head, slots, weight in zip(self.heads, self.order.sources, self.order.weights))
 
     def forward(self, tokens, labels):
-        """Teacher forcing: tokens (B, L) in the model's order, labels (B,) -> logits (B, L, V) of every token given those before."""
+        """Teacher forcing: tokens (B, L) in the model's order, labels (B,) -> logits (B, L, V), each given the tokens before."""
         x = self.embed(tokens, labels, 0, tokens.shape[1])
         for block in self.blocks:
             x = block(x, self.rotations, self.order.mask)
@@ -627,7 +636,7 @@ class GPT(nn.Module):
 
 @dataclasses.dataclass
 class Order:
-    """A factorisation p(image) = product over groups of p(group | groups before it). Slot 0 is the class, slot t + 1 is token t."""
+    """A factorisation: p(image) = product over groups of p(group | groups before). Slot 0 is the class, slot t + 1 is token t."""
     cells: torch.Tensor      # (L,) raster index of the cell that each token belongs to
     places: torch.Tensor     # (L, 2) its row and column
     groups: list             # sizes of the groups of tokens that are drawn together
@@ -656,7 +665,8 @@ def make_order(rows, columns, kind):
     raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     length = rows * columns
     if kind == "raster":
-        return Order(torch.arange(length), raster, [1] * length, [torch.arange(length)], [torch.ones(length)], kernels.causal(length))
+        before = torch.arange(length)  # slot t holds token t - 1, or the class
+        return Order(torch.arange(length), raster, [1] * length, [before], [torch.ones(length)], kernels.causal(length))
     distance = raster.sum(1)
     cells = distance.argsort(stable=True)
     groups = distance.bincount().tolist()
@@ -674,7 +684,7 @@ def make_order(rows, columns, kind):
 
 
 def guide(conditional, unconditional, scale):
-    """Classifier-free guidance on logits: unconditional + scale * (conditional - unconditional) (Ho & Salimans 2022, eq. 6 with w = scale - 1).
+    """Classifier-free guidance on logits (Ho & Salimans 2022, eq. 6 with w = scale - 1); scale 1 is the conditional model.
 
     >>> guide(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0]), 3.0).tolist()
     [4.0, -2.0]
@@ -827,7 +837,7 @@ def diversity(features, labels):
 
 
 def image_metrics(judge, images, labels, real, real_labels):
-    """Samples (uint8) with the classes asked for, against real images -> gfd, class_accuracy, diversity (1 = as varied as real)."""
+    """uint8 samples and the classes asked for, against real images -> gfd, class_accuracy, diversity (1: as varied as real)"""
     (features, seen), (real_features, _) = judged(judge, images), judged(judge, real)
     return {"gfd": frechet_distance(features, real_features), "class_accuracy": float((seen == labels).double().mean()),
             "diversity": diversity(features, labels) / diversity(real_features, real_labels)}
@@ -909,7 +919,8 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["model"]
     except Exception as error:  # torch reports a broken file by many types
-        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train again") from None
+        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train "
+                        "again") from None
     return state
 
 
@@ -958,7 +969,7 @@ class Interrupt:
 
 
 def orthogonalize(G, rounds=5, dtype=torch.float32):
-    """The nearest orthogonal matrix, nearly: U V^T of G = U S V^T, with singular values of 0.7 to 1.2 instead of 1. G (..., m, n).
+    """G (..., m, n) -> nearly the nearest orthogonal matrix: U V^T of G = U S V^T, but with singular values of 0.7 to 1.2.
 
     Newton-Schulz: the odd quintic a x + b x^3 + c x^5, applied to a matrix, acts on its singular values alone, and these
     coefficients push every value in (0, 1] towards 1 in five rounds of matrix products (Jordan et al. 2024).
@@ -977,7 +988,7 @@ def orthogonalize(G, rounds=5, dtype=torch.float32):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every direction of a weight matrix moves at the same speed, the rare ones too (Jordan et al. 2024).
+    """Momentum, orthogonalised: all directions of a weight matrix move at one speed, the rare ones too (Jordan et al. 2024).
 
     For the matrices inside the blocks only. Matrices of one shape are orthogonalised in one batched product.
     """
@@ -1018,13 +1029,15 @@ def make_optimizers(model, config, dtype):
 
 def batch_indices(step, batch, n, seed):
     """Which of n images step number `step` takes. A pure function: the position in the data is the step, nothing else to save."""
-    places = range(step * batch, (step + 1) * batch)
-    orders = {e: torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + e)) for e in {p // n for p in places}}
-    return torch.stack([orders[p // n][p % n] for p in places])
+    places = torch.arange(step * batch, (step + 1) * batch)
+    generator = lambda epoch: torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    first, last = step * batch // n, int(places[-1]) // n
+    orders = torch.cat([torch.randperm(n, generator=generator(epoch)) for epoch in range(first, last + 1)])
+    return orders[places - first * n]
 
 
 class Run:
-    """Everything that must survive a restart: model, optimizers, random numbers, step (which is the position in the data), history."""
+    """What must survive a restart: model, optimizers, random numbers, history, and the step, which is the position in the data."""
 
     def __init__(self, config, model, dtype, codebook=None):
         self.config, self.model, self.codebook = config, model, codebook
@@ -1056,7 +1069,8 @@ def train_step(run, x, labels, forward, dtype):
         logits = forward(x, labels)
     loss = F.cross_entropy(logits.float().flatten(0, 1), x.flatten())
     if not math.isfinite(loss.item()):
-        raise UserError(f"the loss is {loss.item()} at step {run.step}: lower --lr or --lr-adam; the last checkpoint in {config.out} is still good")
+        raise UserError(f"the loss is {loss.item()} at step {run.step}: lower --lr or --lr-adam; the last checkpoint in "
+                        f"{config.out} is still good")
     loss.backward()
     for optimizer, lr in zip(run.optimizers, (config.lr, config.lr_adam)):
         optimizer.param_groups[0]["lr"] = lr * (1 - run.step / config.steps)  # linear decay to zero, no warm-up
@@ -1147,7 +1161,7 @@ def draw_history(history, unigram, out):
 
 def complete(config, model, data, tokens, out, count=10, draws=4):
     """completions.png: the upper halves of test images, `draws` completions of each, and the originals."""
-    picked = torch.stack([(data.test_labels == c).nonzero()[0, 0] for c in range(data.classes) if (data.test_labels == c).any()])[:count]
+    picked = torch.stack([(data.test_labels == c).nonzero()[0, 0] for c in data.test_labels.unique()[:count]])
     given = tokens.test[picked].clone()
     given[:, given.shape[1] // 2:] = -1
     drawn = draw(config, model, tokens, data.test_labels[picked].repeat(draws), given.repeat(draws, 1))
@@ -1161,17 +1175,17 @@ def complete(config, model, data, tokens, out, count=10, draws=4):
 
 def print_summary(m):
     print(f"""
-likelihood   {m['val_nats_per_image']:7.1f} nats per image ({m['bits_per_image']:.0f} bits); unigram baseline {m['unigram_nats_per_image']:.1f}
-quality      gFD {m['gfd']:.2f}   (floor, real training images: {m['gfd_floor']:.2f}; ceiling, the tokenizer alone: {m['rfd']:.2f}, {m['rpsnr']:.1f} dB)
-             {100 * m['class_accuracy']:.1f} % read as the class asked for (real images: {100 * m['judge_accuracy']:.1f} %), diversity {m['diversity']:.2f} of real
-speed        {m['calls_per_image']} calls per image; {m['ms_per_image_b1']:.0f} ms per image alone, {m['ms_per_image_b64']:.1f} ms in a batch of 64
-total        {m['seconds']:.0f} s, peak memory {m['peak_memory_mb']:.0f} MB""")
+likelihood  {m['val_nats_per_image']:.1f} nats per image ({m['bits_per_image']:.0f} bits); unigram baseline {m['unigram_nats_per_image']:.1f}
+quality     gFD {m['gfd']:.2f}; floor (real training images) {m['gfd_floor']:.2f}; ceiling (the tokenizer alone) {m['rfd']:.2f}
+            {100 * m['class_accuracy']:.1f} % read as the class asked for (real: {100 * m['judge_accuracy']:.1f} %); diversity {m['diversity']:.2f} of real
+speed       {m['calls_per_image']} calls per image; {m['ms_per_image_b1']:.0f} ms per image alone, {m['ms_per_image_b64']:.1f} ms in a batch of 64
+total       {m['seconds']:.0f} s, peak memory {m['peak_memory_mb']:.0f} MB""")
 
 
 def check(config, metrics):
     """--check: exit with code 1 when a metric misses its band."""
-    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in BAND.get(config.data, {}).items() if metrics[name] < least]
-    if config.check and missed:
+    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in CHECK.items() if metrics[name] < least]
+    if config.check and config.data == "glyphs" and missed:
         raise SystemExit(f"nano_ar: check failed: {'; '.join(missed)}")
 
 
@@ -1188,13 +1202,15 @@ def bench(config, device, dtype):
     rows, columns, vocabulary = sizes[config.tokens]
     model = GPT(vocabulary, 10, make_order(rows, columns, config.order), config.dim, config.depth, config.heads).to(device)
     run, forward = Run(config, model, dtype), torch.compile(model) if config.compile else model
-    x, labels = torch.randint(vocabulary, (config.batch, rows * columns), device=device), torch.zeros(config.batch, dtype=torch.long)
+    x = torch.randint(vocabulary, (config.batch, rows * columns), device=device)
+    labels = torch.zeros(config.batch, dtype=torch.long)
     speed = x.numel() / milliseconds(lambda: train_step(run, x, labels, forward, dtype), 20) * 1000
     print(f"training on {config.batch} x {rows * columns} tokens, optimizer included: {speed:,.0f} tokens/s")
     draw = lambda cached: generate(model, labels[:1].repeat(64).to(device), None, guidance=1.5, cached=cached)
     with_cache, without = milliseconds(lambda: draw(True), 5) / 1000, milliseconds(lambda: draw(False), 1) / 1000
-    print(f"sampling 64 images with guidance: {with_cache:.2f} s; without the cache {without:.2f} s, {without / with_cache:.1f} times as long")
-    return {"tokens_per_second": speed, "seconds_64": with_cache, "seconds_64_uncached": without, "cache_speedup": without / with_cache}
+    ratio = without / with_cache
+    print(f"sampling 64 images with guidance: {with_cache:.2f} s; without the cache {without:.2f} s, {ratio:.1f} times as long")
+    return {"tokens_per_second": speed, "seconds_64": with_cache, "seconds_64_uncached": without, "cache_speedup": ratio}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1219,7 +1235,8 @@ def main(argv=None):
         saved = load_checkpoint(out / ("last.pt" if config.resume else "best.pt"))
         config = adopt(config, saved["config"], config.out, PRESETS[config.preset])
     data, tokens, codebook = load_tokens(config, device, saved and saved["codebook"])
-    model = GPT(tokens.codebook_size, data.classes, make_order(*tokens.grid, config.order), config.dim, config.depth, config.heads).to(device)
+    order = make_order(*tokens.grid, config.order)
+    model = GPT(tokens.codebook_size, data.classes, order, config.dim, config.depth, config.heads).to(device)
     params = sum(p.numel() for p in model.parameters())
     print(f"data {data.name}: {len(data.train)} train, {len(data.test)} test; tokens: {tokens.grid[0]} x {tokens.grid[1]} of "
           f"{tokens.codebook_size}; model: {params / 1e6:.2f} M parameters", flush=True)
