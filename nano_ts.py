@@ -20,9 +20,9 @@ Papers   AR and Yule-Walker (Yule 1927; Levinson 1946; Box & Jenkins 1970). AR-N
          github.com/thuml/AutoTimes).
 
 Commands                                               two CPU cores   expect
-    python nano_ts.py                                  @TIME_DEMO@
-    python nano_ts.py eval --data etth1                @TIME_EVAL@
-    python nano_ts.py eval --data etth1 --model sar    5 seconds       MSE 0.391, MAE 0.412: mean of 96/192/336/720
+    python nano_ts.py                                  30 s, 0.9 GB    AR weights within 2 %; lags found: 1, 3, 10
+    python nano_ts.py eval --data etth1                70 s, 1.8 GB    sar+decoder: MSE 0.384, mean of 96/192/336/720
+    python nano_ts.py eval --data etth1 --model sar    5 s             seasonal AR: MSE 0.391, MAE 0.412
     python nano_ts.py forecast --data my.csv --horizon 48 --target sales
                                                        seconds         OUT/forecast.csv: dates, your units, bounds
     python nano_ts.py train --data etth1 --model decoder --resume      goes on with an interrupted fit
@@ -91,7 +91,8 @@ class Parser(argparse.ArgumentParser):
 def parse_config(cls, argv, parts, presets, description):
     """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", help="; ".join(f"{name}: {text}" for name, text in parts.items()) + "; without it: everything")
+    explained = "; ".join(f"{name}: {text}" for name, text in parts.items())
+    parser.add_argument("part", nargs="?", help=explained + "; without it: everything")
     flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
     for field in dataclasses.fields(cls):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
@@ -190,7 +191,7 @@ def pick_device(name, precision="auto"):
 
 
 def keep_freed_memory():
-    """glibc returns large freed blocks to the kernel, and each step then pays to map them again: tell it to keep them (a fifth faster)."""
+    """Large freed blocks go back to the kernel, and each step pays to map them again: tell glibc to keep them (a fifth faster)."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # not glibc
             libc = ctypes.CDLL(None)
@@ -225,7 +226,8 @@ class Progress:
         if self.bar.disable and self.done * 10 // self.total > (self.done - n) * 10 // self.total:
             rate = (self.done - self.start) / max(time.time() - self.began, 1e-9)
             words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {(self.total - self.done) / rate:.0f} s left", flush=True)
+            left = (self.total - self.done) / rate
+            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {left:.0f} s left", flush=True)
         if self.done >= self.total:
             self.bar.close()
 # --- end shared
@@ -361,7 +363,7 @@ def fill(observed, period):
 
 
 def usual_season(step):
-    """The season that a clock suggests: a day of hours or minutes, a week of days, a year of weeks or months; else 0."""
+    """The season that a clock suggests: a day of hours or minutes, a week of days, a year of weeks or months, or 0."""
     unit, n = step
     if unit == "seconds":
         rows = {86400: 7, 604800: 52}.get(n, 86400 / n)
@@ -371,7 +373,7 @@ def usual_season(step):
 
 
 def correlogram(values, width):
-    """Autocorrelation 0..width of the columns (T, C) without their slow level, a moving mean over `width` (odd) rows."""
+    """Autocorrelation 0..width of the columns (T, C) without their level, a moving mean over `width` (odd) rows."""
     padded = np.pad(values, ((width // 2, width // 2), (0, 0)), mode="edge")
     level = np.stack([np.convolve(column, np.full(width, 1 / width), mode="valid") for column in padded.T], axis=1)
     rest = (values - level) / ((values - level).std(0) + 1e-12)
@@ -382,8 +384,8 @@ def correlogram(values, width):
 def find_period(values, usual=0, least=0.2):
     """Rows in a season: the `usual` one if it shows, else a lag where the autocorrelation r has a broad peak, else 1.
 
-    A broad peak k is the highest r between k/2 and 3k/2: noise makes small peaks anywhere, but none like this. Of those,
-    the first that reaches 0.8 of the highest counts, or a week of similar days would be called 168 and not 24.
+    A broad peak k is the highest r between k/2 and 3k/2: noise makes small peaks anywhere, but none like this. Of
+    those, the first that reaches 0.8 of the highest counts, or a week of similar days would be called 168, not 24.
     """
     if 3 * usual <= len(values) and usual and correlogram(values, usual | 1)[usual] >= least:
         return usual
@@ -888,7 +890,8 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"], state["model"]
     except Exception as error:  # torch reports a broken file by many types
-        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train again") from None
+        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train "
+                        "again") from None
     return state
 
 
@@ -989,8 +992,9 @@ def train(model, table, recipe, seed, name, path=None, resume=False, made_with=(
             bar.update(loss=losses[-1])
             model.fit_seconds = before + time.time() - began
             if path and (step % 100 == 0 or step == steps or stop.asked):
-                save_checkpoint(path, {"config": made_with, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                       "step": step, "losses": losses, "seconds": model.fit_seconds, "rng": rng_state()})
+                save_checkpoint(path, {
+                    "config": made_with, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                    "step": step, "losses": losses, "seconds": model.fit_seconds, "rng": rng_state()})
             if stop.asked:
                 raise KeyboardInterrupt(f"step {step} of {name} is saved; go on with the same command and --resume"
                                         if path else "")
@@ -1022,7 +1026,7 @@ RECIPES = {"arnet": (1500, 512, 3e-3), "dlinear": (800, 256, 1e-3),  # steps, wi
 
 
 def build(name, table, period, config, seed=0, path=None):
-    """Fit one rung on all rows of `table` (T, C), scaled. Sizes follow the season P and stay below a quarter of the rows."""
+    """Fit one rung on all rows of `table` (T, C), scaled. Sizes follow the season P, within a quarter of the rows."""
     rows, P = len(table), period
     most = max(1, rows // 4 // P)  # seasons in a lookback
     token = P * -(-16 // P)  # whole seasons, at least 16 rows: 24 -> 24, 7 -> 21, 1 -> 16
@@ -1663,7 +1667,7 @@ def forecast(config, series, horizon, names, device, out):
     rows, best = summary(rungs), min(rungs, key=lambda r: r.val)
     print_ladder(rows)
     print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); its skill against the "
-          f"seasonal naive forecast is {best.skill:.0%}" + ("" if best.skill > 0.02 else ": there is little to predict here"))
+          f"seasonal naive forecast is {best.skill:.0%}" + ("" if best.skill > 0.02 else ": there is little to predict"))
 
     scaler = Scaler(series.values)  # now fit on everything
     table = scaler.scale(series.values).to(device)

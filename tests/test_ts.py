@@ -456,6 +456,12 @@ def test_season_is_found_and_not_invented():
     assert ts.find_period(waves(600, period=24)) == 24 and ts.find_period(waves(150, period=12)) == 12
     assert ts.find_period(waves(400, period=7) + 0.05 * np.arange(400)[:, None]) == 7
     assert ts.find_period(ts.seasonal_process(2000, 0)) == 24, "a day, not a week"
+    hidden = 20 * np.random.default_rng(0).normal(size=(1500, 1)).cumsum(0) / 100 + waves(1500, 1)  # a day behind weather
+    assert ts.find_period(hidden, usual=24) == 24
+    assert ts.find_period(noise(1500, 1).cumsum(0).numpy(), usual=24) == 1
+    steps = {("seconds", 3600.0): 24, ("seconds", 900.0): 96, ("seconds", 86400.0): 7, ("months", 3): 4, ("month ends", 1): 12,
+             ("weekdays", 1): 5, ("months", 12): 0, ("seconds", 7.0): 0, ("rows", 5): 0}
+    assert {step: ts.usual_season(step) for step in steps} == steps
     assert ts.find_period(noise(500, 1).numpy()) == 1 and ts.find_period(noise(500, 1).cumsum(0).numpy()) == 1
 
 
@@ -577,6 +583,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path, text, say):
     (["--horizon", "0"], "--horizon must be"),
     (["--horizon", "two"], "--horizon must be"),
     (["--period", "day"], "--period must be"),
+    (["--period", "1440"], "at most 700 rows"),
     (["--period", "600"], "do not hold two seasons"),
     (["--data", "nowhere.csv"], "no such file"),
     (["--level", "1.5"], "--level must lie"),
