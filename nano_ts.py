@@ -291,8 +291,7 @@ class Series:
 
 
 def ar_process(coef, n, seed, sigma=1.0):
-    """n steps of x_t = sum_k coef[k] x_{t-k} + sigma * noise, after a burn-in, for coef = {lag: weight} -> (n,
-    1)."""
+    """n steps of x_t = sum_k coef[k] x_{t-k} + sigma * noise after a burn-in; coef is {lag: weight} -> (n, 1)."""
     noise = np.random.default_rng(seed).normal(0, sigma, n + 1000)
     x = np.zeros(n + 1000)
     for t in range(max(coef), n + 1000):
@@ -301,10 +300,9 @@ def ar_process(coef, n, seed, sigma=1.0):
 
 
 def seasonal_process(n, seed, columns=4):
-    """Hours of four meters: a daily shape, half as strong at weekends, on a slow level, with noise that has a
-    memory -> (n, columns).
+    """Hourly meters: a daily shape, half as strong at weekends, a slow level, noise with a memory -> (n, columns).
 
-    All but the noise u_t = 0.9 u_{t-1} + e_t could be known. No forecast beats its psi-weights: see `floor`.
+    All but the noise u_t = 0.9 u_{t-1} + e_t could be known. No forecast beats its psi-weights: see `Arena.floor`.
     """
     rng, hour = np.random.default_rng(seed), np.arange(n)[:, None]
     phases = lambda: rng.uniform(0, 2 * np.pi, columns)
@@ -346,11 +344,9 @@ def load_series(config):
 
 
 def fill(observed, period):
-    """Fill holes from the past only: the value one season earlier, else the last one; before the first value,
-    that value.
+    """Fill holes from the past only: the value one season earlier, else the last one. A late start gets the first value.
 
-    Interpolation would look smoother, but it lets a later value leak into the input of a forecast that was made
-    before it.
+    Interpolation would look smoother, but a later value would leak into the input of a forecast made before it.
     Example, period 2: [1, 2, nan, 4] -> [1, 2, 1, 4]
     """
     values = observed.copy()
@@ -408,8 +404,7 @@ class Scaler:
         return torch.tensor((table - self.mean) / self.std, dtype=torch.float32)
 
     def unscale(self, forecast, columns=slice(None)):
-        """(..., C, H) scaled -> units. `columns` says which ones they are: one column is never stretched by
-        another's numbers."""
+        """(..., C, H) scaled -> units. `columns` says which they are: none is stretched by another's numbers."""
         return np.asarray(forecast, dtype=np.float64) * self.std[columns, None] + self.mean[columns, None]
 
 
@@ -1061,7 +1056,8 @@ def build(name, table, period, config, seed=0, path=None):
     if model.lookback == 0 or rows < 2 * (model.lookback + model.chunk):
         raise TooShort(f"needs {2 * (max(model.lookback, token) + model.chunk)} rows, has {rows}")
     recipe = (config.steps or RECIPES[name][0], *RECIPES[name][1:])
-    made_with = {key: getattr(config, key) for key in ("data", "target", "width", "layers", "sparsity")}
+    made_with = {key: getattr(config, key) for key in ("data", "target", "width", "layers", "sparsity", "lookback", "chunk",
+                                                       "order")} | {"period": P, "data_seed": config.seed}
     train(model.to(table.device), table, recipe, seed, name, path, config.resume, made_with)
     return model
 
@@ -1118,7 +1114,8 @@ class Arena:
         """Fit a rung, or take the mean of fitted ones, and score it -> Rung."""
         began = time.time()
         if "+" in name:
-            members = [next(r for r in others if r.name == n and r.seed in (seed, 0)) for n in name.split("+")]
+            members = [next(r for r in others if (r.name, r.seed) == (n, seed if n in RECIPES else 0))
+                       for n in name.split("+")]
             models, seconds = [m for r in members for m in r.models], sum(r.seconds for r in members)
             made = {part: sum(r.made[part] for r in members) / len(members) for part in self.starts}
         else:
@@ -1132,8 +1129,7 @@ class Arena:
         return Rung(name, seed, models, seconds, made, test, statistics.fmean(val["mse"].values()), skill)
 
     def climb(self, names, out=None):
-        """All rungs of `names`, nets once per seed -> list of Rung. One that needs more rows than there are is
-        named and left out."""
+        """All rungs of `names`, nets once per seed -> list of Rung. One that needs more rows is named and left out."""
         rungs = []
         for name in names:
             if name == "snaive" and self.series.period == 1:
@@ -1151,8 +1147,7 @@ class Arena:
         return rungs
 
     def interval(self, rung, kind, level):
-        """Offsets around the rung's test forecasts, made only from rows before the test rows -> (lower, upper),
-        (C, H) each."""
+        """Offsets around test forecasts, made from rows before the test rows only -> (lower, upper), (C, H) each."""
         if kind == "psi":
             if rung.name not in ("ar", "yw", "sar"):
                 raise UserError(f"--interval psi is for ar, yw and sar, fitted one step ahead, not for {rung.name}")

@@ -626,6 +626,7 @@ def test_eval_runs_every_rung_and_means(tmp_path):
     assert set(rows) == set(ts.RUNGS) and len(rows["decoder"]["mse_average_by_seed"]) == 2 and len(rows["sar"]["mse_average_by_seed"]) == 1
     assert rows["repeat"]["params"] == rows["snaive"]["params"] == 0 and rows["sar"]["params"] == 89
     assert rows["snaive"]["skill"] == 0 and rows["sar"]["skill"] > 0.2
+    assert rows["sar+decoder"]["mse_average_by_seed"][0] != rows["sar+decoder"]["mse_average_by_seed"][1]
     assert rows["sar+decoder"]["params"] == rows["sar"]["params"] + rows["decoder"]["params"]
     assert {p.name for p in tmp_path.iterdir()} >= {"ladder.png", "windows.png", "metrics.json", "decoder-0", "decoder-1"}
     again = ts.main(["eval", "--data", "seasonal", "--steps", "2", "--width", "16", "--layers", "1", "--horizon", "24,48", "--stride", "11",
