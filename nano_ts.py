@@ -344,7 +344,7 @@ def load_series(config):
 
 
 def fill(observed, period):
-    """Fill holes from the past only: the value one season earlier, else the last one. A late start gets the first value.
+    """Fill holes from the past only: the value one season earlier, else the last one; a late start gets its first.
 
     Interpolation would look smoother, but a later value would leak into the input of a forecast made before it.
     Example, period 2: [1, 2, nan, 4] -> [1, 2, 1, 4]
@@ -1056,8 +1056,8 @@ def build(name, table, period, config, seed=0, path=None):
     if model.lookback == 0 or rows < 2 * (model.lookback + model.chunk):
         raise TooShort(f"needs {2 * (max(model.lookback, token) + model.chunk)} rows, has {rows}")
     recipe = (config.steps or RECIPES[name][0], *RECIPES[name][1:])
-    made_with = {key: getattr(config, key) for key in ("data", "target", "width", "layers", "sparsity", "lookback", "chunk",
-                                                       "order")} | {"period": P, "data_seed": config.seed}
+    shaped_by = ("data", "target", "width", "layers", "sparsity", "lookback", "chunk", "order")
+    made_with = {key: getattr(config, key) for key in shaped_by} | {"period": P, "data_seed": config.seed}
     train(model.to(table.device), table, recipe, seed, name, path, config.resume, made_with)
     return model
 
