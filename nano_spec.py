@@ -22,8 +22,8 @@ decoders on tiny models and adds up the probabilities: the total variation to th
 line of this file at a time, after bugs reported against known implementations, and shows that each mutant is caught.
 
 Commands                                              two CPU cores   expect
-    python nano_spec.py                               @TIME_TEXT@
-    python nano_spec.py --task image                  @TIME_IMAGE@
+    python nano_spec.py                               5 min, 0.9 GB   n-gram drafts: 2.1 times plain decoding, tau 3.9
+    python nano_spec.py --task image                  3 min           exact SJD: 15 calls per image instead of 64
     python nano_spec.py verify                        12 s            19 decoders at 1e-16, 14 of 14 mutants caught
     python nano_spec.py sample --prompt "The import"  seconds         trace.png: who chose each byte, draft or target
     python nano_spec.py bench                         1 minute        the table again, from the checkpoint
@@ -159,8 +159,8 @@ class Config:
     codebook: int = opt(256, "image: number of patch codes", low=2, fixed=True)
     # training
     steps: int = opt(450, "optimizer steps of the target", low=1, fixed=True)
-    draft_steps: int = opt(900, "optimizer steps of the draft", low=1, fixed=True)
-    head_steps: int = opt(150, "optimizer steps of the Medusa heads", low=1, fixed=True)
+    draft_steps: int = opt(800, "optimizer steps of the draft", low=1, fixed=True)
+    head_steps: int = opt(120, "optimizer steps of the Medusa heads", low=1, fixed=True)
     batch: int = opt(16, "text: sequences per step; images: four times as many", low=1, fixed=True)
     lr: float = opt(0.02, "learning rate of Muon, for the matrices inside the blocks", low=0, fixed=True)
     lr_adam: float = opt(0.005, "learning rate of AdamW, for embeddings and heads", low=0, fixed=True)
@@ -666,7 +666,7 @@ def select_kseq(p, q, proposals, rng):
 
 
 # Relaxations accept more and are *not* exact. If only the acceptance grows, from a to a' >= a, the price is known:
-# TV(output, p) = sum_x q (a' - a), each token gained is paid for. (Not so LANTERN: it changes the residual too.)
+# TV(output, p) = sum_x q (a' - a), each token gained is paid for. (LANTERN changes the residual too: no such law.)
 
 
 def lenience(p, q, x, factor=0.5):
@@ -1679,15 +1679,17 @@ def bench_text(config, models, data, tv):
         total = {name: sum(t for t, _ in run) for name, run in runs.items()}
         per_prompt = lambda run: (min(t for t, _ in run[i::len(prompts)]) for i in range(len(prompts)))
         least = {name: sum(per_prompt(run)) for name, run in runs.items()}
-        for name, (make, choose, proof) in methods.items():
+        for name, (*_, proof) in methods.items():
             tau = config.new * len(runs[name]) / sum(out.calls for _, out in runs[name])
             rows.append({"name": name, "task": "text", "exact": proof is not None, "gamma": gamma, "tau": tau,
                          "calls_per_token": 1 / tau, "speedup": total["plain"] / total[name],
                          "speedup_of_minima": least["plain"] / least[name], "tv": tv.get(proof),
                          "ms_per_token": 1000 * total[name] / len(runs[name]) / config.new})
-            explain(rows[-1], make, choose, target, prompts[0], text, tables[-1], config)
         bar.update()
-    return rows, {k: statistics.median(table[k] for table in tables) for k in tables[0]}
+    costs = {k: statistics.median(table[k] for table in tables) for k in tables[0]}
+    for row in rows:
+        explain(row, *methods[row["name"]][:2], target, prompts[0], text, costs, config)
+    return rows, costs
 
 
 def best_rows(rows):

@@ -1,5 +1,6 @@
 """nano_spec: the proofs by enumeration, and what enumeration cannot see: caches in float32, training, the command line."""
 
+import doctest
 import functools
 import itertools
 import json
@@ -51,6 +52,12 @@ def test_enumeration_on_a_law_known_by_hand():
     assert ns.law_of(lambda rng: rng.bern(0.25) and rng.bern(0.5)) == {False: 0.875, True: 0.125}
     two = ns.law_of(lambda rng: (rng.choice([0.5, 0.0, 0.5]), rng.choice([0.25, 0.75])))
     assert two == {(0, 0): 0.125, (0, 1): 0.375, (2, 0): 0.125, (2, 1): 0.375}
+
+
+@pytest.mark.parametrize("name", ["residual", "select", "law_of", "frechet_distance"])
+def test_worked_examples(name):
+    for test in doctest.DocTestFinder().find(getattr(ns, name), name, globs=vars(ns).copy()):
+        assert doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test).failed == 0
 
 
 def test_table_refuses_a_stale_cache():
@@ -213,7 +220,7 @@ def test_cache_after_every_rollback_equals_a_fresh_prefill(name):
 
     text = [1, 2, 3]
     target.keep = keep
-    drafter = all_drafters(net.float() if False else net, small)[name]
+    drafter = all_drafters(net, small)[name]
     if name == "heads":
         drafter = lambda t: ns.ChainDraft(ns.Heads(t, ns.Medusa(16, 3).double().requires_grad_(False)))
     out = ns.speculate(target, drafter(target), list(text), ns.Rng(5), 30, 4)
