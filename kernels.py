@@ -412,8 +412,8 @@ def _attention_torch(q, k, v, mask, scale):
     if on_cpu and q.shape[2] * k.shape[2] <= 256**2 and name in ("full", "causal", "scales", "markov"):  # no empty rows
         scores = (q * scale) @ k.mT
         if name != "full":
-            hidden = ~mask.dense()[0, 0]
-            scores = scores + mask.cached(lambda: torch.zeros(mask.shape, dtype=dtype).masked_fill(hidden, -INF), dtype)
+            bias = lambda: torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask.dense()[0, 0], -INF)  # noqa: E731
+            scores = scores + mask.cached(bias, dtype)
         return scores.softmax(-1) @ v  # softmax sums in float32 whatever the dtype
     if on_cpu and dtype in (torch.bfloat16, torch.float16):
         q, k, v = q.float(), k.float(), v.float()
@@ -474,10 +474,9 @@ def _queries(rule, N, M, BLOCK_M):
 
 
 @jit
-def _fold(m, u, w, q, k, v, b, h, rows, lo, hi, M, scale, shape, MASKED):
+def _fold(m, u, w, q, k, v, b, h, rows, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, MASKED):
     """Merge the key tiles lo..hi into the summaries of a tile of queries. This loop is flash attention."""
     i, start, end, col = rows
-    D, BLOCK_N, COLS, PRECISION = shape
     d = tl.arange(0, w.shape[1])
     for j0 in range(lo, hi, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -501,7 +500,7 @@ def _attention_forward(q, k, v, o, lse, rule, N, M, scale, GROUP: tl.constexpr, 
                        COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Grid (query tiles, heads, batch). scale holds log2 e."""
     b, h, i, rows, bounds = _queries(rule, N, M, BLOCK_M)
-    d, shape = tl.arange(0, BLOCK_D), (D, BLOCK_N, COLS, PRECISION)
+    d = tl.arange(0, BLOCK_D)
     # 1. the empty summary
     m, u = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     w = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -509,16 +508,16 @@ def _attention_forward(q, k, v, o, lse, rule, N, M, scale, GROUP: tl.constexpr, 
     queries = _load(q, b, h, i, d, N, D, True)
     for run in tl.static_range(FIRST, LAST):
         lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        m, u, w = _fold(m, u, w, queries, k, v, b, h // GROUP, rows, lo, hi, M, scale, shape, run != 1)
+        m, u, w = _fold(m, u, w, queries, k, v, b, h // GROUP, rows, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION,
+                        run != 1)  # fmt: skip
     # 3. finish; a query that saw nothing has u = 0 and gives 0
     _store(o, w / tl.where(u == 0, 1.0, u)[:, None], b, h, i, d, N, D)
     tl.store(lse + (b * tl.num_programs(1) + h) * N + i, m + tl.log2(u), mask=i < N)  # in base 2, as backward wants it
 
 
 @jit
-def _fold_dq(dq, q, do, k, v, b, h, rows, lse, delta, lo, hi, M, scale, shape, MASKED):
+def _fold_dq(dq, q, do, k, v, b, h, rows, lse, delta, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, MASKED):
     i, start, end, col = rows
-    D, BLOCK_N, COLS, PRECISION = shape
     d = tl.arange(0, dq.shape[1])
     for j0 in range(lo, hi, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -539,21 +538,21 @@ def _attention_dq(q, k, v, o, do, dq, lse, delta, rule, N, M, scale, GROUP: tl.c
     """Grid (query tiles, heads, batch). With p = e^(s - lse) recomputed, dp = do v^T and delta = rowsum(do o):
     ds = p (dp - delta), dq = scale ds k. Stores delta for _attention_dkv, which runs after it."""
     b, h, i, rows, bounds = _queries(rule, N, M, BLOCK_M)
-    d, row, shape = tl.arange(0, BLOCK_D), (b * tl.num_programs(1) + h) * N + i, (D, BLOCK_N, COLS, PRECISION)
+    d, row = tl.arange(0, BLOCK_D), (b * tl.num_programs(1) + h) * N + i
     queries, grads = _load(q, b, h, i, d, N, D, True), _load(do, b, h, i, d, N, D, True)
     rowsum = tl.sum(grads.to(tl.float32) * _load(o, b, h, i, d, N, D, True).to(tl.float32), 1)
     tl.store(delta + row, rowsum, mask=i < N)
     row_lse, acc = tl.load(lse + row, mask=i < N, other=0.0), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for run in tl.static_range(FIRST, LAST):
         lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        acc = _fold_dq(acc, queries, grads, k, v, b, h // GROUP, rows, row_lse, rowsum, lo, hi, M, scale, shape,
-                       run != 1)  # fmt: skip
+        acc = _fold_dq(acc, queries, grads, k, v, b, h // GROUP, rows, row_lse, rowsum, lo, hi, M, scale,
+                       D, BLOCK_N, COLS, PRECISION, run != 1)  # fmt: skip
     _store(dq, acc * (scale * 0.6931471805599453), b, h, i, d, N, D)  # ln 2 takes the log2 e out of scale again
 
 
 @jit
-def _fold_dkv(dk, dv, k, v, q, do, b, h, j, col, rule, lse, delta, lo, hi, N, scale, shape, MASKED):
-    D, BLOCK_M, COLS, PRECISION = shape
+def _fold_dkv(dk, dv, k, v, q, do, b, h, j, col, rule, lse, delta, lo, hi, N, scale, D, BLOCK_M, COLS, PRECISION,
+              MASKED):  # fmt: skip
     d, sample = tl.arange(0, dk.shape[1]), b * rule.per_sample
     for i0 in range(lo, hi, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
@@ -580,7 +579,7 @@ def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, GROUP: tl
     tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     j, d, sample = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), b * rule.per_sample
     keys, values = _load(k, b, h, j, d, M, D, True), _load(v, b, h, j, d, M, D, True)
-    col, shape = tl.load(rule.col + sample * M + j, mask=j < M, other=0), (D, BLOCK_M, COLS, PRECISION)
+    col = tl.load(rule.col + sample * M + j, mask=j < M, other=0)
     bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
     acc_k, acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for g in range(GROUP):
@@ -589,7 +588,7 @@ def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, GROUP: tl
         for run in tl.static_range(FIRST, LAST):
             lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
             acc_k, acc_v = _fold_dkv(acc_k, acc_v, keys, values, q, do, b, head, j, col, rule, lse + row, delta + row,
-                                     lo, hi, N, scale, shape, run != 1)  # fmt: skip
+                                     lo, hi, N, scale, D, BLOCK_M, COLS, PRECISION, run != 1)  # fmt: skip
     _store(dk, acc_k * (scale * 0.6931471805599453), b, h, j, d, M, D)
     _store(dv, acc_v, b, h, j, d, M, D)
 
@@ -708,7 +707,8 @@ def _check_attention(op, q, k, v, scale):
     _check(q.numel() > 0 and k.numel() > 0, f"{op}: q {Q} or k {K} is empty")
     _check(q.dtype == k.dtype == v.dtype, f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
     _check(q.device == k.device == v.device, f"{op}: q, k, v are on {q.device}, {k.device}, {v.device}; move them")
-    _check(scale is None or scale > 0, f"{op}: scale {scale} must be positive; change the sign of q instead")
+    number = scale is None or isinstance(scale, (int, float)) and scale > 0
+    _check(number, f"{op}: scale {scale} must be a positive number; multiply q by any other scale")
 
 
 def _check_kernel(op, *tensors):
@@ -754,7 +754,7 @@ def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, scale, GROUP: tl
     m, u = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     w = tl.zeros([ROWS, BLOCK_D], tl.float32)
     rows = (x[:, None], x[:, None] * 0, end[:, None], lengths)
-    m, u, w = _fold(m, u, w, queries, k, v, b, h, rows, lo, hi, length, scale, (D, BLOCK_N, False, PRECISION), True)
+    m, u, w = _fold(m, u, w, queries, k, v, b, h, rows, lo, hi, length, scale, D, BLOCK_N, False, PRECISION, True)
     row = ((b * tl.num_programs(1) * GROUP + head) * R + token) * tl.num_programs(0) + chunk
     tl.store(part_m + row, m, mask=used)
     tl.store(part_u + row, u, mask=used)
@@ -1009,7 +1009,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
 
 def verify_reference(p_target, p_draft, drafts, uniforms, noise):
     """The definition, for a batch. Traffic: copies rows of V; the kernel reads two of them, and 2 g numbers."""
-    (B, g), row = drafts.shape, torch.arange(len(drafts), device=drafts.device)
+    g, row = drafts.shape[1], torch.arange(len(drafts), device=drafts.device)
     p, q = (x[:, :g].gather(-1, drafts[..., None]).squeeze(-1) for x in (p_target, p_draft))
     n = (uniforms * q < p).long().cumprod(-1).sum(-1)  # the drafts before the first refusal
     p_next, q_next = p_target[row, n], F.pad(p_draft, (0, 0, 0, 1))[row, n]  # all accepted: nothing to subtract from p

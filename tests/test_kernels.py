@@ -5,7 +5,7 @@
 3. every launch of the wrappers compiled for sm_80 and sm_90 (no GPU needed), with bounds on spills and shared memory;
 4. the kernels on a GPU, in bf16: TRITON_INTERPRET=0 pytest tests/test_kernels.py.
 
-The interpreter computes bf16 wrongly, does not see races, and accepts what the compiler refuses: layer 3 is for the last.
+The interpreter computes bf16 wrongly, does not see races, and accepts what the compiler refuses; layer 3 is for that.
 """
 
 import json
@@ -63,7 +63,7 @@ def poison():
 
 
 def scattered(*shape, dtype=torch.float32):
-    """Random tensor stored with its dimensions reversed, in a buffer of NaN: whatever a kernel reads beside it shows."""
+    """Random tensor stored with reversed dimensions in a buffer of NaN: whatever a kernel reads beside it shows."""
     buffer = torch.full([n + 3 for n in reversed(shape)], math.nan, dtype=dtype, device=DEVICE)
     inner = buffer[tuple(slice(1, 1 + n) for n in reversed(shape))].permute(*reversed(range(len(shape))))
     return inner.copy_(torch.randn(shape, dtype=dtype, device=DEVICE))
@@ -110,7 +110,8 @@ def chi_square(counts, law):
 @pytest.mark.parametrize("name, mask", [
     ("causal", kernels.causal(4)), ("causal", kernels.causal(2, 5)), ("window", kernels.window(4, 2)),
     ("scales", kernels.scales([1, 2, 3])), ("markov", kernels.markov([1, 2, 3])),
-    ("markov", kernels.markov([1, 2, 3], 1)), ("tree", kernels.tree([-1, 0, 1, 0])), ("padding", kernels.padding([2, 3], 3)),
+    ("markov", kernels.markov([1, 2, 3], 1)), ("tree", kernels.tree([-1, 0, 1, 0])),
+    ("padding", kernels.padding([2, 3], 3)),
 ])  # fmt: skip
 def test_masks_look_as_drawn_in_their_docstrings(name, mask):
     drawn = [
@@ -382,7 +383,7 @@ def bad_calls():
     yield "mask causal is (5, 5)", lambda: a(x, x, x, kernels.causal(5))
     yield "must come from causal()", lambda: a(x, x, x, torch.ones(6, 6, dtype=torch.bool))
     yield "for a batch of 3", lambda: a(x, x, x, kernels.padding([1, 2, 3], 6))
-    yield "must be positive", lambda: a(x, x, x, scale=-1.0)
+    yield "must be a positive number", lambda: a(x, x, x, scale=-1.0)
     yield "pre-order", lambda: kernels.tree([-1, 0, 0, 1])
     yield "as many keys", lambda: kernels.causal(5, 3)
     yield "positive number of tokens", lambda: kernels.scales([1, 0])
@@ -630,16 +631,8 @@ def compile_all(arch):
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
         ptx = kernel.asm["ptx"]
         products = {"wgmma": ptx.count("wgmma.mma_async"), "mma": len(re.findall(r"\bmma\.sync", ptx))}
-        reports.append(
-            {
-                "kernel": self.fn.__name__,
-                "case": case,
-                "registers": registers,
-                "stack": stack,
-                "shared": kernel.metadata.shared,
-                **products,
-            }
-        )
+        facts = {"registers": registers, "stack": stack, "shared": kernel.metadata.shared, **products}
+        reports.append({"kernel": self.fn.__name__, "case": case, **facts})
 
     triton.runtime.driver.set_active(Driver())
     JITFunction.run = run
@@ -648,7 +641,8 @@ def compile_all(arch):
     bf16, f32 = torch.bfloat16, torch.float32
     for case, mask, heads, size, dtype in (
         ("causal", kernels.causal(512), (2, 2), 64, bf16), ("causal", kernels.causal(512), (2, 2), 128, bf16),
-        ("scales", kernels.scales([1, 15, 240]), (2, 2), 16, bf16), ("tree", kernels.tree(range(-1, 129)), (2, 2), 32, bf16),
+        ("scales", kernels.scales([1, 15, 240]), (2, 2), 16, bf16),
+        ("tree", kernels.tree(range(-1, 129)), (2, 2), 32, bf16),
         ("grouped window", kernels.window(512, 200), (4, 2), 64, torch.float16),
         ("causal float32", kernels.causal(64), (2, 2), 64, f32),
     ):  # fmt: skip
@@ -671,13 +665,8 @@ def compile_all(arch):
         case = f"sample {V}"
         kernels.sample(torch.zeros(4, V), 1.0, 50, 0.9)
     case = "verify"
-    kernels.verify(
-        torch.zeros(4, 5, 999),
-        torch.zeros(4, 4, 999),
-        torch.zeros(4, 4, dtype=torch.long),
-        torch.zeros(4, 4),
-        torch.zeros(4, 999),
-    )
+    p, drafts = torch.zeros(4, 5, 999), torch.zeros(4, 4, dtype=torch.long)
+    kernels.verify(p, p[:, :4], drafts, torch.zeros(4, 4), p[:, 0])
     for size in (16, 256):
         case = f"nearest {size}"
         kernels.nearest_code(torch.zeros(1000, size), torch.zeros(512, size), return_residual=True)
@@ -707,9 +696,7 @@ def test_every_launch_compiles_within_bounds(arch, shared, compiled):
     reports = compiled[arch]
     assert len(reports) == 6 * 3 + 3 * 2 + 2 + 2 + 1 + 2
     for r in reports:
-        allowed = (
-            32 if "grouped" in r["case"] else 0
-        )  # bytes a thread: a few values that live across the loop over heads
+        allowed = 32 if "grouped" in r["case"] else 0  # bytes a thread, for what lives across the loop over heads
         assert r["stack"] <= allowed, f"spills: {r}"
         assert r["shared"] <= shared, f"more shared memory than sm_{arch} has: {r}"
         assert r["registers"] <= 255, r
