@@ -1350,6 +1350,10 @@ def find_numbers(path, cells, target, notes):
         found[name] = [math.nan if v is None else v for v in numbers]
         if text:
             notes.append(f"column '{name}': {text} cells are no numbers, taken as missing")
+    rise = {name: {round(b - a, 9) for a, b in zip(numbers, numbers[1:])} for name, numbers in found.items()}
+    for name in [n for n in found if len(rise[n]) == 1 and n != target and len(found) > 1]:
+        notes.append(f"left out: column '{name}' only counts the rows")
+        found.pop(name)
     if target and target not in found:
         raise UserError(f"--target {target}: {path} has no such column; it has {', '.join(found) or 'no numbers'}")
     if not found:
@@ -1379,8 +1383,12 @@ def to_clock(path, dates, table, notes):
     np.add.at(total, slots, np.where(known, table[rows], 0))
     np.add.at(count, slots, known)
     grid = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    known = np.flatnonzero((~np.isnan(grid)).any(1))[-1] + 1
+    if known < length:
+        notes.append(f"the last {length - known} rows hold no number: the forecast starts where the numbers end")
+    grid, length = grid[:known], known
     dates = [advance(first, step, k) for k in range(length)]
-    doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots)), int(np.isnan(grid).sum())
+    doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots[slots < length])), int(np.isnan(grid).sum())
     ends = f"from {label(dates[0], step)} to {label(dates[-1], step)}"
     notes.append(f"clock: {length} rows, every {describe(step)}, {ends}")
     if doubles:

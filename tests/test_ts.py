@@ -600,6 +600,16 @@ def test_a_spreadsheet_is_not_a_csv(tmp_path):
         ts.read_csv(tmp_path / "my.csv")
 
 
+def test_row_numbers_are_no_data_and_empty_rows_at_the_end_are_the_future(tmp_path):
+    v = waves(80, 1)[:, 0]
+    lines = rows_of([f"{x:.3f}" for x in v] + [""] * 10).splitlines()
+    text = "\n".join(["," + lines[0]] + [f"{i},{line}" for i, line in enumerate(lines[1:])])  # as pandas writes its index
+    series = read(tmp_path, text)
+    assert series.columns == ["v"] and len(series.dates) == 80 and not np.isnan(series.observed).any()
+    assert series.dates[-1] == datetime.datetime(2024, 1, 4, 7)
+    assert any("only counts the rows" in n for n in series.notes) and any("last 10 rows hold no number" in n for n in series.notes)
+
+
 def test_files_without_dates(tmp_path):
     plain = read(tmp_path, "v\n" + "".join(f"{v:.3f}\n" for v in waves(100, 1)[:, 0]))
     assert plain.dates == list(range(100)) and ts.advance(99, plain.step, 1) == 100
