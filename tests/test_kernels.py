@@ -31,6 +31,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 needs_gpu = pytest.mark.skipif(not GPU, reason="no CUDA device, or TRITON_INTERPRET is 1")
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # log2(0) = -inf of rows that see nothing, in numpy
 MASKS = {
     "full": kernels.full(40, 70),
     "causal": kernels.causal(129),
@@ -93,7 +94,7 @@ def attention_error(mask, heads=(2, 2), size=16, dtype=torch.float32, scale=None
     errors += (
         [relative(a, b) for a, b in pairs] if n * m > 1 else []
     )  # one key: dq = dk = 0, and the relative error means nothing
-    return max(errors)
+    return float(torch.tensor(errors).max())  # not max(): that loses a NaN
 
 
 def chi_square(counts, law):
@@ -193,7 +194,8 @@ def test_attention_reference_against_loops_and_finite_differences():
             seen = [j for j in range(5) if i - 3 < j <= i and j < 4]
             weights = [math.exp(0.3 * float(q[0, h, i].detach() @ k[0, h, j].detach())) for j in seen]
             want = sum(w * v[0, h, j] for w, j in zip(weights, seen)) / sum(weights)
-            assert torch.allclose(out[0, h, i], want) and math.isclose(float(lse[0, h, i]), math.log(sum(weights)))
+            assert torch.allclose(out[0, h, i], want)
+            assert math.isclose(float(lse[0, h, i].detach()), math.log(sum(weights)))
     assert torch.autograd.gradcheck(lambda *x: kernels.attention_reference(*x, mask), (q, k, v))
     empty = kernels.padding([0], 5)
     assert torch.autograd.gradcheck(lambda *x: kernels.attention_reference(*x, empty)[0], (q, k, v))
@@ -711,6 +713,7 @@ def test_every_launch_compiles_within_bounds(arch, shared, compiled):
 # --- 4. on a GPU ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-3)])
 def test_all_ops_on_a_gpu(dtype, bound):
@@ -718,6 +721,7 @@ def test_all_ops_on_a_gpu(dtype, bound):
         assert error < bound, (op, case)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("n", [1, 2, 17, 49, 127, 128, 129, 1000])
 @pytest.mark.parametrize("size", [16, 64, 128])
@@ -725,6 +729,7 @@ def test_causal_kernel_on_a_gpu(n, size, poison):
     assert attention_error(kernels.causal(n), heads=(4, 2), size=size, dtype=torch.bfloat16) < 1e-2
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_every_mask_on_a_gpu(mask, poison):
