@@ -438,17 +438,16 @@ def from_patches(patches, grid, side=4):
 def kmeans(points, k, generator, rounds=20):
     """Lloyd's algorithm: points (N, D) -> codebook (k, D) that locally minimises the mean squared distance.
 
-    Starts from distinct points (most patches of a digit are the same black), and gives a codeword that lost all its points
-    the place of the point that is worst off.
+    Starts from k distinct points, since most patches of a digit are the same black; started so, no codeword of an image
+    codebook was seen to lose all its points (if one did, it would stay where it is).
     """
     distinct = points.unique(dim=0)
     codebook = distinct[torch.randperm(len(distinct), generator=generator)[:k]].clone()
     for _ in range(rounds):
-        nearest, distance = kernels.nearest_code(points, codebook, return_distance=True)
-        counts = torch.bincount(nearest, minlength=len(codebook))
-        codebook = torch.zeros_like(codebook).index_add_(0, nearest, points) / counts[:, None].clamp(min=1)
-        dead = (counts == 0).nonzero()[:, 0]
-        codebook[dead] = points[distance.topk(len(dead)).indices]
+        nearest = kernels.nearest_code(points, codebook)
+        counts = torch.bincount(nearest, minlength=len(codebook))[:, None]
+        means = torch.zeros_like(codebook).index_add_(0, nearest, points) / counts.clamp(min=1)
+        codebook = torch.where(counts > 0, means, codebook)
     return codebook
 
 
