@@ -1030,7 +1030,7 @@ def _verify(p, q, drafts, uniforms, noise, tokens, accepted, g, V, BLOCK: tl.con
     for t in range(g):
         token = tl.load(drafts + t)
         going = going & (tl.load(uniforms + t) * tl.load(q + t * V + token) < tl.load(p + t * V + token))
-        tl.store(tokens + t, tl.where(going, token, -1))
+        tl.store(tokens + t, token, mask=going)  # the rest holds -1 already
         n += going.to(tl.int32)
     # 2. exponential race over max(p - q, 0), which need not be normalised, and beside it one over p
     best, best_p, index, index_p = -1.0, -1.0, 0, 0
