@@ -1331,7 +1331,7 @@ def find_clock(cells):
 
 
 def find_numbers(path, cells, target, notes):
-    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if it is the target."""
+    """{name: column of text} -> {name: list of floats}. What is left out is noted, or an error if a target."""
     found = {}
     for name, column in cells.items():
         numbers = to_numbers(column)
@@ -1668,7 +1668,7 @@ def forecast(config, series, horizon, names, device, out):
     rows, best = summary(rungs), min(rungs, key=lambda r: r.val)
     print_ladder(rows)
     print(f"chosen on the validation rows: {best.name} ({RUNGS.get(best.name, 'a mean')}); its skill against the "
-          f"seasonal naive forecast is {best.skill:.0%}" + ("" if best.skill > 0.02 else ": there is little to predict"))
+          f"seasonal naive forecast is {best.skill:.0%}" + ("" if best.skill > 0.02 else ": little to predict"))
 
     scaler = Scaler(series.values)  # now fit on everything
     table = scaler.scale(series.values).to(device)
