@@ -790,6 +790,16 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     return o
 
 
+def _decode_torch(q, k, v, lengths, scale, chain):
+    R = q.shape[2]
+    if isinstance(lengths, int):  # the usual case: the filled part is a slice
+        mask = causal(R, lengths) if chain and R > 1 else None
+        return _attention_torch(q, k[:, :, :lengths], v[:, :, :lengths], mask, scale)
+    end = lengths[:, None] - torch.arange(R - 1, -1, -1, device=q.device) * int(chain)
+    seen = torch.arange(k.shape[2], device=q.device) < end[:, None, :, None]
+    return F.scaled_dot_product_attention(q, _share_heads(q, k), _share_heads(q, v), attn_mask=seen, scale=scale)
+
+
 @_on_its_device
 def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
     """Attention of R new tokens against a preallocated cache. No gradient.
@@ -799,12 +809,14 @@ def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
     causal=False all of them (the tokens of one scale see one another). R > 1 verifies a drafted chain in one call.
     Returns (B, H, R, D). Kernel limits: as `attention`, and R H / Hkv <= 64.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        q = q.to(k_cache.dtype)  # the cache is what it is
     (B, H, R, D), S, op = q.shape, k_cache.shape[2], "decode_attention"
     _check_attention(op, q, k_cache, v_cache, scale)
     scale = D**-0.5 if scale is None else scale
     one_length = isinstance(lengths, int)
     if one_length:
-        _check(0 < lengths <= S, f"{op}: length {lengths} is not between 1 and the {S} places of the cache")
+        _check(R <= lengths <= S, f"{op}: length {lengths} must hold the {R} new tokens, in {S} places of the cache")
     else:
         lengths = torch.as_tensor(lengths, device=q.device)
         _check(lengths.shape == (B,), f"{op}: lengths {tuple(lengths.shape)} must be one int or of shape ({B},)")
@@ -815,13 +827,8 @@ def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device) if one_length else lengths.int()
         x = [t.float() if interpreting() else t for t in (q, k_cache, v_cache)]
         return _decode_triton(*x, lengths, scale, causal).to(q.dtype)
-    if one_length:  # the usual case: the filled part is a slice
-        mask = globals()["causal"](R, lengths) if causal and R > 1 else None
-        return _attention_torch(q, k_cache[:, :, :lengths], v_cache[:, :, :lengths], mask, scale)
-    end = lengths[:, None] - torch.arange(R - 1, -1, -1, device=q.device) * int(causal)
-    seen = torch.arange(S, device=q.device) < end[:, None, :, None]
-    k, v = _share_heads(q, k_cache), _share_heads(q, v_cache)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    with torch.autocast(q.device.type, enabled=False):
+        return _decode_torch(q, k_cache, v_cache, lengths, scale, causal)
 
 
 # --- scan_attention ---------------------------------------------------------------------------------------------------

@@ -281,6 +281,10 @@ def test_autocast_on_a_cpu_keeps_attention_in_float32():
     q, k = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert kernels.attention(q, k, k, kernels.causal(8)).dtype == torch.float32
+        step = kernels.decode_attention(k[:, :, :1], q, q, 5)
+    assert step.dtype == torch.float32
+    truth = kernels.attention_reference(k[:, :, :1].double(), q[:, :, :5].double(), q[:, :, :5].double())[0]
+    assert relative(step, truth) < 1e-6
 
 
 def test_truncate_by_its_definition():
