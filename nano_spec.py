@@ -1805,11 +1805,13 @@ def image_methods(config, models, data, device):
     size = 65 + 2 * W  # a window may look beyond the end
     uniform = torch.full((size, K), 1.0 / K, device=device)
     prior = uniform.clone()
-    prior[1:65] = (F.one_hot(data.train[:, 1:], K).float().mean(0) * 0.99 + 0.01 / K).to(device)
+    places = torch.arange(64) * K + data.train[:, 1:]
+    counts = torch.bincount(places.flatten(), minlength=64 * K).view(64, K)
+    prior[1:65] = (counts / len(data.train) * 0.99 + 0.01 / K).to(device)
     near = torch.cdist(data.codebook, data.codebook).argsort(1).to(device)
     jacobi = lambda init: lambda batch: JacobiBatch(init, batch)
     relaxed = {"lenience 0.5": lenience, "lenience 0.1": functools.partial(lenience, factor=0.1),
-               **{f"GSD, {m} codes": functools.partial(grouped, near=near[:, :m]) for m in (4, 16)},
+               **{f"GSD, {m} codes": functools.partial(grouped, near=near[:, :m]) for m in (2, 4, 16)},
                **{f"LANTERN {d}": functools.partial(lantern, near=near[:, :17], delta=d) for d in (0.05, 0.2)}}
     return {"plain": (jacobi(uniform), 0, exact),
             "draft GPT": (lambda batch: ChainBatch(models["draft"], batch, size, **warp_settings(config)), W, exact),
