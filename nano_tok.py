@@ -19,8 +19,8 @@ Images   32x32 image      latent z           nearest code         code vectors  
 --layout    grid  64 tokens, one per 4x4 cell
             1d    --tokens K, each for the whole image (TiTok, Yu et al. 2024, arXiv:2406.07550), ordered by cutting off
                   the tail in training (One-D-Piece, Miwa et al. 2025, arXiv:2501.10064), so that every prefix decodes
---perturb   a decoder that has seen wrong tokens forgives a generator's mistakes (RobustTok, Qiu et al. 2025,
-            arXiv:2503.08354)
+--perturb   a decoder that has seen wrong tokens forgives a generator's mistakes (Robust Latent Matters, Qiu et al.
+            2025, arXiv:2503.08354)
 --learned-codebook   the textbook codebook, trained by gradient from a small random start: watch it collapse
 
 Commands                                              two CPU cores        expect
@@ -28,16 +28,16 @@ Commands                                              two CPU cores        expec
     python nano_tok.py --quantizer rvq                @RVQ@
     python nano_tok.py --layout 1d                    @1D@
     python nano_tok.py --learned-codebook             @COLLAPSE@
-    python nano_tok.py bpe --data FILE --vocab 1024   seconds              bytes per token, fertility, unused entries
+    python nano_tok.py bpe --data FILE --vocab 1024   seconds              bytes per token, tokens per word, unused entries
     python nano_tok.py encode --input digit.png       a second             digit.tokens.json
     python nano_tok.py decode --input out/tok/vq/digit.tokens.json         digit.png, rebuilt
     python nano_ar.py --tokens out/tok/vq             2 minutes            a generator trained on these tokens
 
-A run leaves in out/tok/QUANTIZER checkpoint, pictures, metrics.json, and `tokens.npz` with `decoder.pt2`: the token folder
-whose format nano_ar.py documents. Runs beside it on the same data join its rate-distortion picture.
+A run leaves in out/tok/QUANTIZER checkpoints, pictures, metrics.json, and `tokens.npz` with `decoder.pt2`: the token
+folder whose format nano_ar.py documents. Runs in folders beside it on the same data join its rate-distortion picture.
 
 Left out on purpose: adversarial and perceptual losses (they need a pretrained network, and invented texture hides the
-quantizer's own error), two-stage recipes, the rotation trick, annealing of --perturb, a length that adapts to the image,
+quantizer's own error), two-stage recipes, the rotation trick, annealing of --perturb, a length fitted to each image,
 attention for --layout 1d: where TiTok's queries attend to the patches, two dense layers connect every cell with every
 token. On 9,000 digits they were ahead of query tokens by 2 dB after 300 steps, at half the time per step.
 
@@ -151,7 +151,7 @@ class Config:
     # what and where
     data: str = opt("", "images: glyphs, mnist, fashion-mnist, or a path (IDX file, .npz, folder of class folders); "
                     "bpe: pydoc, shakespeare, or a UTF-8 file; default glyphs and pydoc", fixed=True)
-    out: str = opt("", "folder for checkpoint, token folder, pictures, metrics.json; default out/tok/QUANTIZER, -1d added for --layout 1d")
+    out: str = opt("", "folder of the run; default out/tok/QUANTIZER, -1d and -learned added where they apply")
     preset: str = opt("cpu", "cpu: a minute on two cores; gpu: a wider model, a longer run", choices=("cpu", "gpu"))
     seed: int = opt(0, "seed of the data, the model and the training", low=0, fixed=True)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -162,13 +162,13 @@ class Config:
     check: bool = opt(False, "exit with code 1 when the metrics miss the band of the docstring")
     # tokens of an image
     quantizer: str = opt("vq", "how vectors become integers", choices=("vq", "rvq", "fsq", "lfq"), fixed=True)
-    layout: str = opt("grid", "grid: a token per 4x4 cell; 1d: ordered, each for the whole image", choices=("grid", "1d"), fixed=True)
-    codebook: int = opt(256, "codes in each codebook; a power of two for lfq; fsq takes --levels", low=2, high=16384, fixed=True)
+    layout: str = opt("grid", "grid: a token per 4x4 cell; 1d: ordered, for the whole image", choices=("grid", "1d"), fixed=True)
+    codebook: int = opt(256, "codes in a codebook; lfq: a power of two; fsq: see --levels", low=2, high=16384, fixed=True)
     code_dim: int = opt(0, "vq, rvq: numbers in a code vector; 0: 8 on the grid, 4 for 1d", low=0, fixed=True)
     depth: int = opt(2, "rvq: codebooks, that is, tokens per cell", low=1, high=16, fixed=True)
     levels: str = opt("8,6,5", "fsq: levels of each channel; their product is the number of codes", fixed=True)
     tokens: int = opt(16, "1d: tokens per image", low=1, high=256, fixed=True)
-    learned_codebook: bool = opt(False, "vq, rvq: gradient instead of k-means start, running means, restarts: it collapses", fixed=True)
+    learned_codebook: bool = opt(False, "vq, rvq: codes trained by gradient: they collapse", fixed=True)
     cosine: bool = opt(False, "vq: vectors and codes of length 1, so that only the direction is coded", fixed=True)
     perturb: float = opt(0.0, "share of training images with disturbed tokens", low=0, high=1, fixed=True)
     # model and training
@@ -424,7 +424,7 @@ def load_images(data, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 
 # A chunk is a run of letters, of digits or of other signs, with the one space before it, or white space. Merges stay inside
-# a chunk. On bytes, so that any file goes through: bytes from 128 on (all non-ASCII UTF-8) count as letters. Chunks cover all.
+# a chunk. On bytes, so that any file goes through; those from 128 on (all non-ASCII UTF-8) count as letters.
 WORDS = rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
 SPLIT = {"words": WORDS, "none": rb"(?s:.+)"}
 SHAKESPEARE = ("tinyshakespeare.txt",
@@ -484,7 +484,7 @@ def train_bpe(text, vocab, split="words"):
 
 
 def apply_merges(ids, merges):
-    """int32 array of tokens, -1 between chunks -> the same after all merges, in their order, each in one pass over all chunks.
+    """int32 array of tokens, -1 between chunks -> the same after all merges, in order, each in one pass over the array.
 
     >>> apply_merges(np.frombuffer(b"aaaab", np.uint8).astype(np.int32), [(97, 97), (256, 98)]).tolist()
     [256, 257]
@@ -614,7 +614,8 @@ def run_bpe(config, out):
     if metrics["bpe_vocab"] < config.vocab:
         print(f"only {metrics['bpe_vocab']} entries: after them no pair occurs twice in this text")
     print(f"bpe: {len(text) / 1e6:.2f} MB, {metrics['bpe_vocab']} entries, split {config.split}: "
-          f"trained in {metrics['bpe_train_seconds']:.2f} s, encodes {metrics['bpe_encode_mb_per_second']:.1f} MB/s from a cold start\n"
+          f"trained in {metrics['bpe_train_seconds']:.2f} s, "
+          f"encodes {metrics['bpe_encode_mb_per_second']:.1f} MB/s from a cold start\n"
           f"{'':20}{'train 90 %':>12}{'test 10 %':>12}")
     rows = {"bytes_per_token": "bytes per token", "fertility": "tokens per word", "unused": "unused entries"}
     for name, words in rows.items():
@@ -680,7 +681,7 @@ def residual_quantize(z, codes):
 
 
 def fsq_bound(z, levels):
-    """z (..., C), squashed so that rounding gives levels[c] different integers in channel c (Mentzer et al. 2023, appendix A).
+    """z (..., C), squashed so that rounding gives levels[c] integers in channel c (Mentzer et al. 2023, appendix A).
 
     An odd L gives -(L-1)/2 .. (L-1)/2; an even L gives -L/2 .. L/2 - 1, and the shift keeps z = 0 at 0.
 
@@ -747,7 +748,7 @@ def perturb(index, codes, share, generator, swap=0.5, near=0.1):
 
 
 def keep_prefix(q, keep):
-    """Zero all tokens from number keep[b] on: q (B, T, C), keep (B,). The decoder learns to do with the rest (nested dropout)."""
+    """q (B, T, C) with all tokens from number keep[b] on zeroed: the decoder learns to do with the rest (nested dropout)."""
     return q * (torch.arange(q.shape[1], device=q.device) < keep[:, None])[..., None]
 
 
@@ -867,7 +868,7 @@ def norm(x):
 
 
 class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x)))), 3x3. Kernels are kept as the matrices (out, in * 9) that Muon wants. Starts as identity."""
+    """x + conv(relu(conv(relu(x)))), 3x3; starts as the identity. Kernels are the matrices (out, in * 9) that Muon wants."""
 
     def __init__(self, width):
         super().__init__()
@@ -1296,8 +1297,8 @@ def train(config, model, data, dtype, out):
 
     def snapshot(name):
         save_checkpoint(out / name, {
-            "config": dataclasses.asdict(config), "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-            "step": step, "best": best, "history": history, "seconds": spent, "rng": rng.get_state()})
+            "config": dataclasses.asdict(config), "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in optimizers], "step": step, "best": best, "history": history, "seconds": spent, "rng": rng.get_state()})
 
     forward = torch.compile(model) if config.compile else model
     bar, began = Progress(config.steps, "train", start=step), time.time() - spent
@@ -1308,10 +1309,10 @@ def train(config, model, data, dtype, out):
                 optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # linear decay to zero, no warm-up
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 rebuilt, index, extra = forward(images, rng)
-            error = F.mse_loss(rebuilt, images) / variance  # 1 for a grey picture: the commitment then weighs the same on any data
+            error = F.mse_loss(rebuilt, images) / variance  # so that the commitment weighs the same on any data
             loss = error + extra
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {out / 'last.pt'} holds the last good state")
+                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {out / 'last.pt'} has the last good state")
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -1353,8 +1354,8 @@ class Decode(nn.Module):
 def export(model, data, train_tokens, test_tokens, out):
     """Write OUT/tokens.npz and OUT/decoder.pt2; nano_ar.py documents the format."""
     np.savez_compressed(out / "tokens.npz", grid=np.array(model.grid), codebook_size=model.vocabulary,
-                        train_tokens=train_tokens.numpy().astype(np.int32), train_images=data.train, train_labels=data.train_labels,
-                        test_tokens=test_tokens.numpy().astype(np.int32), test_images=data.test, test_labels=data.test_labels)
+                        train_tokens=train_tokens.int(), train_images=data.train, train_labels=data.train_labels,
+                        test_tokens=test_tokens.int(), test_images=data.test, test_labels=data.test_labels)
     decoder = Decode(copy.deepcopy(model).cpu().requires_grad_(False).eval())
     shapes = {"tokens": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(decoder, (test_tokens[:2],), dynamic_shapes=shapes)
@@ -1418,18 +1419,20 @@ def show_images(axis, images, columns, title):
 # --- end shared
 
 def draw_reconstructions(model, data, test_tokens, out):
-    """reconstructions.png: originals, then every prefix of the code, then where the last one errs"""
+    """reconstructions.png: originals, then what every prefix of the code shows, then where the last one errs"""
     firsts = [(data.test_labels == c).nonzero()[:1, 0] for c in range(min(data.classes, 10))]
     picked = torch.cat(firsts)
     rows, labels = [data.test[picked]], ["original"]
     for n in prefixes(model):
         rows.append(rebuild(model, test_tokens[picked], n))
-        labels.append(f"{n * model.slots if model.layout == 'grid' else n * model.depth}")
-    labels[-1] += " tokens"
+        count = n * (model.slots if model.layout == "grid" else model.depth)
+        labels.append(f"{count} token{'s' * (count > 1)}")
     rows.append(((rows[-1].int() - rows[0].int()).abs() * 2).clamp(max=255).byte())
     labels.append("error x 2")
-    figure, axes = new_figure(6.4, 0.6 * len(rows) + 0.4)
-    show_images(axes[0, 0], torch.cat(rows), len(picked), f"{data.name}: {' | '.join(labels)}, from top to bottom")
+    figure, axes = new_figure(7, 0.6 * len(rows) + 0.4)
+    show_images(axes[0, 0], torch.cat(rows), len(picked), f"{data.name}: what the tokens keep")
+    for row, label in enumerate(labels):
+        axes[0, 0].text(-2, 33 * row + 16, label, ha="right", va="center", fontsize=8)
     save_figure(figure, out / "reconstructions.png")
 
 
@@ -1438,7 +1441,8 @@ def draw_detail(model, data, test_tokens, out):
     rebuilt = rebuild(model, test_tokens)
     errors = (rebuilt.float() - data.test.float()).square().mean((1, 2))
     order = errors.argsort()
-    picked = {"best": order[0], "middle": order[len(order) // 2], "worst of 100": order[len(order) * 99 // 100], "worst": order[-1]}
+    ranks = {"best": 0, "middle": len(order) // 2, "worst of 100": len(order) * 99 // 100, "worst": -1}
+    picked = {name: order[rank] for name, rank in ranks.items()}
     figure, axes = new_figure(8, 6.2, 3, len(picked))
     gray, signed = dict(cmap="gray", vmin=0, vmax=255), dict(cmap="RdBu", vmin=-128, vmax=128)
     for column, (name, i) in enumerate(picked.items()):
@@ -1541,8 +1545,8 @@ def print_report(m):
         rows.append(("PSNR of prefixes", values, "rises with every length"))
     print("\n" + "\n".join(f"{name:17}{value:>26}   {words}" for name, value, words in rows))
     if m["usage"] < 0.3:
-        print(f"COLLAPSED: {100 * (1 - m['usage']):.0f} % of the codes are never chosen. Drop --learned-codebook (k-means start, "
-              "running means and restarts are the default), lower --code-dim, or try fsq, which has no codebook")
+        print(f"COLLAPSED: {100 * (1 - m['usage']):.0f} % of the codes are never chosen. Drop --learned-codebook (the default is "
+              "k-means start, running means, restarts), lower --code-dim, or try fsq, which has no codebook")
     print(f"total {m['seconds']:.0f} s, training {m['train_seconds']:.0f} s; peak memory {m['peak_memory_mb']:.0f} MB")
 
 
@@ -1561,7 +1565,7 @@ def check(config, metrics):
 
 def complete_config(config, part):
     """Fill the defaults that depend on other flags; refuse what does not fit together."""
-    name = config.quantizer + ("-1d" if config.layout == "1d" else "")
+    name = config.quantizer + ("-1d" if config.layout == "1d" else "") + ("-learned" if config.learned_codebook else "")
     config = dataclasses.replace(config, out=config.out or f"out/tok/{'bpe' if part == 'bpe' else name}")
     if config.quantizer == "lfq" and config.codebook & (config.codebook - 1):
         raise UserError(f"--codebook {config.codebook}: lfq needs a power of two")
@@ -1607,7 +1611,8 @@ def main(argv=None):
         train(config, model, data, dtype, out)
         saved = load_checkpoint(out / "best.pt")
     metrics = {"device": reason, "params": params, "seed": config.seed, "data": data.name,
-               "train_seconds": saved["seconds"], "images_per_second": saved["step"] * config.batch / max(saved["seconds"], 1e-9)}
+               "train_seconds": saved["seconds"],
+               "images_per_second": saved["step"] * config.batch / max(saved["seconds"], 1e-9)}
     model.load_state_dict(saved["model"])
     model.eval()
     if part in ("all", "eval"):
