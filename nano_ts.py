@@ -1386,7 +1386,8 @@ def to_clock(path, dates, table, notes):
         notes.append(f"the last {length - known} rows hold no number: the forecast starts where the numbers end")
     grid, length = grid[:known], known
     dates = [advance(first, step, k) for k in range(length)]
-    doubles, gaps, holes = len(rows) - len(set(slots)), length - len(set(slots[slots < length])), int(np.isnan(grid).sum())
+    doubles, holes = len(rows) - len(set(slots)), int(np.isnan(grid).sum())
+    gaps = length - len(set(slots[slots < length]))
     ends = f"from {label(dates[0], step)} to {label(dates[-1], step)}"
     notes.append(f"clock: {length} rows, every {describe(step)}, {ends}")
     if doubles:

@@ -177,6 +177,8 @@ def test_rollout_is_predict_append_slide():
     assert torch.allclose(ts.rollout(model, history, 7), slow[..., 5:12])
     by_hand = history.mean(-1)[0, 0] + 0.5 * (history[0, 0, 4] - history[0, 0].mean()) + 0.1 * (history[0, 0, 2] - history[0, 0].mean())
     assert ts.LagModel([1, 3], [0.5, 0.1], least=5)(history)[0, 0, 0].item() == pytest.approx(by_hand.item())
+    with pytest.raises(ts.UserError, match="2 steps is shorter than the lookback of 3"):
+        ts.rollout(model, history[..., :2], 7)
     assert ts.rollout(ts.LagModel([1], [0.5], centre=False), torch.tensor([[[1.0, 8.0]]]), 3).flatten().tolist() == [4, 2, 1]
 
 
