@@ -59,6 +59,7 @@ import time
 import urllib.request
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -1172,13 +1173,14 @@ def complete(config, model, data, tokens, out, count=10, draws=4):
     save_figure(figure, out / "completions.png")
 
 
-def print_summary(m):
+def print_summary(metrics):
+    m = SimpleNamespace(**metrics)
     print(f"""
-likelihood  {m['val_nats_per_image']:.1f} nats per image ({m['bits_per_image']:.0f} bits); unigram baseline {m['unigram_nats_per_image']:.1f}
-quality     gFD {m['gfd']:.2f}; floor (real training images) {m['gfd_floor']:.2f}; ceiling (the tokenizer alone) {m['rfd']:.2f}
-            {100 * m['class_accuracy']:.1f} % read as the class asked for (real: {100 * m['judge_accuracy']:.1f} %); diversity {m['diversity']:.2f} of real
-speed       {m['calls_per_image']} calls per image; {m['ms_per_image_b1']:.0f} ms per image alone, {m['ms_per_image_b64']:.1f} ms in a batch of 64
-total       {m['seconds']:.0f} s, peak memory {m['peak_memory_mb']:.0f} MB""")
+likelihood  {m.val_nats_per_image:.1f} nats per image ({m.bits_per_image:.0f} bits); unigram baseline {m.unigram_nats_per_image:.1f}
+quality     gFD {m.gfd:.2f}; floor (real training images) {m.gfd_floor:.2f}; ceiling (the tokenizer alone) {m.rfd:.2f}
+            {m.class_accuracy:.1%} read as the class asked for (real: {m.judge_accuracy:.1%}); diversity {m.diversity:.2f} of real
+speed       {m.calls_per_image} calls per image; {m.ms_per_image_b1:.0f} ms per image alone, {m.ms_per_image_b64:.1f} ms in a batch of 64
+total       {m.seconds:.0f} s, peak memory {m.peak_memory_mb:.0f} MB""")
 
 
 def check(config, metrics):
