@@ -153,6 +153,20 @@ def test_price_of_lenience_is_the_acceptance_gained():
     assert ns.price([p], [q], ns.exact) == pytest.approx((0.0, 0.0), abs=1e-12)
 
 
+@pytest.mark.parametrize("delta", [0.05, 0.2, 0.5, 0.9])
+def test_lantern_against_a_slow_twin(delta):
+    for seed, x in itertools.product(range(5), range(5)):
+        p, q = laws(5, seed)
+        slow, taken = p.clone(), 0.0
+        for near in NEAR[x, 1:].tolist():  # the longest run of nearest codes whose mass stays within delta
+            if taken + float(p[near]) > delta:
+                break
+            taken, slow[near] = taken + float(p[near]), 0.0
+        slow[x] += taken
+        ratio, law = ns.lantern(p, q, torch.tensor(x), NEAR, delta)
+        assert torch.allclose(law, slow, atol=1e-12) and float(ratio) == pytest.approx(float(slow[x] / q[x]))
+
+
 def test_relaxations_with_nothing_to_relax_are_exact_and_accept_more_with_more():
     p, q = laws(5, 3)
     assert ns.price([p], [q], functools.partial(ns.grouped, near=NEAR[:, :1])) == pytest.approx((0, 0), abs=1e-12)
@@ -309,6 +323,11 @@ def test_rng_draws_from_the_law(batch):
     chi_square = float(((counts - n * p) ** 2 / (n * p))[[0, 2, 3]].sum())
     assert chi_square < 18.4  # p-value 1e-4 at two degrees of freedom
     assert not rng.bern(0.0) and rng.bern(1.0) and ns.Rng(7).choice(p) == ns.Rng(7).choice(p)
+
+
+def test_a_uniform_of_exactly_zero_draws_nothing_impossible(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros((), dtype=torch.float64))
+    assert ns.Rng().choice(torch.tensor([0.0, 0.0, 1.0])) == 2 and not ns.Rng().bern(0.0)
 
 
 def test_ngram_against_a_slow_twin():
