@@ -8,6 +8,7 @@
 The interpreter computes bf16 wrongly, does not see races, and accepts what the compiler refuses; layer 3 is for that.
 """
 
+import doctest
 import json
 import math
 import os
@@ -450,6 +451,14 @@ def test_user_errors_are_one_readable_line(message, call):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_docstring_examples_hold():
+    s, v = torch.randn(2, 9), torch.randn(2, 9, 3)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for example in doctest.DocTestFinder().find(kernels, globs={**vars(kernels), "s": s, "v": v}):
+        runner.run(example)
+    assert runner.summarize().failed == 0 and runner.summarize().attempted >= 7
 
 
 def test_use_and_path():
