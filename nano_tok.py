@@ -24,9 +24,9 @@ Images   32x32 image      latent z           nearest code         code vectors  
 --learned-codebook   the textbook codebook, trained by gradient from a small random start: watch it collapse
 
 Commands                                              two CPU cores        expect
-    python nano_tok.py                                @TIME@
-    python nano_tok.py --quantizer rvq                @RVQ@
-    python nano_tok.py --layout 1d                    @1D@
+    python nano_tok.py                                1 minute, 0.7 GB     28.5 dB, every code in use, rFD 3.3 (floor 3.4)
+    python nano_tok.py --quantizer rvq                1 minute             3 dB above vq for twice the tokens (MNIST)
+    python nano_tok.py --layout 1d                    1.5 minutes          22.8 dB with 16 tokens, 17.8 with the first 4 (MNIST)
     python nano_tok.py --learned-codebook             @COLLAPSE@
     python nano_tok.py bpe --data FILE --vocab 1024   seconds              bytes per token, tokens per word, unused entries
     python nano_tok.py encode --input digit.png       a second             digit.tokens.json
@@ -190,8 +190,8 @@ class Config:
 
 PARTS = {"train": "only train", "eval": "report, pictures and token folder of a trained model",
          "encode": "an image file to tokens", "decode": "tokens to an image file", "bpe": "byte pair encoding of text"}
-PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, eval_every=1000, samples=10000)}
-BAND = {"glyphs": dict(usage=0.99, rpsnr=22.0)}  # what --check asks for, with the default settings
+PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, lr=0.01, lr_adam=0.002, eval_every=1000, samples=10000)}
+BAND = {"glyphs": dict(usage=0.99, rpsnr=27.5)}  # what --check asks for, with the default settings
 
 
 # --- shared: device
@@ -1272,12 +1272,14 @@ class Muon(torch.optim.Optimizer):
 # --- end shared
 
 def make_optimizers(model, config, dtype):
-    bodies = [m for name, m in model.named_children() if name in ("encoder", "decoder", "gather", "scatter")]
+    bodies = [module for name, module in model.named_children() if name in ("encoder", "decoder", "gather", "scatter")]
     matrices = [p for body in bodies for p in body.parameters() if p.ndim == 2]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    return [Muon(matrices, lr=config.lr, dtype=dtype),
-            torch.optim.AdamW(rest, lr=config.lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    codes = list(model.quantizer.parameters())  # only a learned codebook has any; a tenth of the rate is the customary 1e-3
+    taken = {id(p) for p in matrices + codes}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    adam = lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizers = [Muon(matrices, lr=config.lr, dtype=dtype), adam(rest, config.lr_adam)]
+    return optimizers + [adam(codes, config.lr_adam / 10)] if codes else optimizers
 
 
 def train(config, model, data, dtype, out):
@@ -1477,7 +1479,7 @@ def draw_codes(model, data, history, test_tokens, out):
     right = axis.twinx()
     right.plot(steps, [h["rpsnr"] for h in history], "k.--", label="PSNR")
     right.set_ylabel("PSNR, dB (dashed)")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center right")
     save_figure(figure, out / "codes.png")
 
 
