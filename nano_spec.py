@@ -22,11 +22,11 @@ decoders on tiny models and adds up the probabilities: the total variation to th
 line of this file at a time, after bugs reported against known implementations, and shows that each mutant is caught.
 
 Commands                                              two CPU cores   expect
-    python nano_spec.py                               5 min, 0.9 GB   n-gram drafts: 2.1 times plain decoding, tau 3.9
-    python nano_spec.py --task image                  3 min           exact SJD: 15 calls per image instead of 64
+    python nano_spec.py                               5 min, 0.9 GB   n-gram drafts: 2 times plain decoding, tau 3 to 4
+    python nano_spec.py --task image                  4 min, 0.9 GB   exact SJD: 18 calls per image, not 64, same gFD
     python nano_spec.py verify                        12 s            19 decoders at 1e-16, 14 of 14 mutants caught
     python nano_spec.py sample --prompt "The import"  seconds         trace.png: who chose each byte, draft or target
-    python nano_spec.py bench                         1 minute        the table again, from the checkpoint
+    python nano_spec.py bench                         2 minutes       the table again, from the checkpoint
 
 Words    gamma: drafted tokens per call (depth of a tree). alpha: sum_x min(p, q), the chance that a draft is accepted.
          tau: tokens emitted per target call, the target's own token included. speed-up: time per token of plain
