@@ -25,9 +25,9 @@ Images   32x32 image      latent z           nearest code         code vectors  
 
 Commands                                              two CPU cores        expect
     python nano_tok.py                                1 minute, 0.7 GB     28.5 dB, every code in use, rFD 3.3 (floor 3.4)
-    python nano_tok.py --quantizer rvq                < 1.5 minutes         3 dB above vq for twice the tokens (MNIST)
-    python nano_tok.py --layout 1d                    < 2.3 minutes         22.8 dB with 16 tokens, 17.8 with the first 4 (MNIST)
-    python nano_tok.py --learned-codebook             < 1.6 minutes         21 % of the codes in use, and what to do (MNIST)
+    python nano_tok.py --quantizer rvq                < 1.5 minutes        3 dB above vq for twice the tokens (MNIST)
+    python nano_tok.py --layout 1d                    < 2.3 minutes        22.8 dB with 16 tokens, 17.8 with the first 4 (MNIST)
+    python nano_tok.py --learned-codebook             < 1.6 minutes        21 % of the codes in use, and what to do (MNIST)
     python nano_tok.py bpe --data FILE --vocab 1024   seconds              bytes per token, tokens per word, unused entries
     python nano_tok.py encode --input digit.png       a second             digit.tokens.json
     python nano_tok.py decode --input out/tok/vq/digit.tokens.json         digit.png, rebuilt
