@@ -1301,7 +1301,8 @@ def train(config, model, data, dtype, out):
     def snapshot(name):
         save_checkpoint(out / name, {
             "config": dataclasses.asdict(config), "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "step": step, "best": best, "history": history, "seconds": spent, "rng": rng.get_state()})
+            "optimizers": [o.state_dict() for o in optimizers], "step": step, "best": best,
+            "history": history, "seconds": spent, "rng": rng.get_state()})
 
     forward = torch.compile(model) if config.compile else model
     bar, began = Progress(config.steps, "train", start=step), time.time() - spent

@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -48,12 +49,14 @@ def commands():
 @pytest.mark.parametrize("line", commands())
 def test_every_command_of_the_readme_parses(line):
     """The file, the part and every flag exist: the script's own parser says so."""
-    words = line.split()[1:] if line.startswith("python") else line.split()[2:]
-    script, argv = ROOT / words[0], words[1:]
+    words = shlex.split(line)
+    script, *argv = words[words.index("python") + 1:]
+    script = ROOT / script
     assert script.exists(), line
     if script.stem.startswith("nano_"):
         module = __import__(script.stem)
-        part, config = module.parse_config(module.Config, argv, module.PARTS, module.PRESETS, module.__doc__)
+        presets = module.PRESETS if "cpu" in module.PRESETS else module.PRESETS["text"]  # nano_spec has a set for every task
+        module.parse_config(module.Config, argv, module.PARTS, presets, module.__doc__)
     else:
         shown = subprocess.run([sys.executable, str(script), *argv, "--help"], capture_output=True, text=True)
         assert shown.returncode == 0, shown.stderr
