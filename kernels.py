@@ -62,9 +62,9 @@ class Path(NamedTuple):
 
 
 class use:
-    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. Default: "auto"."""
+    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. Default: $NANO_KERNELS, or "auto"."""
 
-    choice = "auto"
+    choice = os.environ.get("NANO_KERNELS", "auto")
 
     def __init__(self, choice):
         _check(choice in ("auto", "reference", "triton"), f'use({choice!r}): choose "auto", "reference" or "triton"')
@@ -85,7 +85,7 @@ def interpreting():
 def path(x):
     """Path(name, reason) that an op takes for `x` under the present `use`. ValueError if that is impossible."""
     if use.choice == "reference":
-        return Path("reference", 'chosen by use("reference")')
+        return Path("reference", 'chosen by use("reference") or NANO_KERNELS=reference')
     if torch.compiler.is_compiling() and use.choice == "auto":
         return Path("reference", "inside torch.compile, which has attention kernels of its own")
     if x.is_cuda and triton is not None:
