@@ -62,7 +62,7 @@ class Path(NamedTuple):
 
 
 class use:
-    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. Default: $NANO_KERNELS, or "auto"."""
+    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. Default: $NANO_KERNELS or "auto"."""
 
     choice = os.environ.get("NANO_KERNELS", "auto")
 
