@@ -206,7 +206,7 @@ def keep_freed_memory():
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # not glibc
             libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 29)  # M_MMAP_THRESHOLD 32 MB, M_TRIM_THRESHOLD 512 MB
 
 
 def peak_memory_mb(device):
