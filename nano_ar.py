@@ -175,7 +175,7 @@ class Config:
     guidance: float = opt(1.25, "classifier-free guidance: 1 is the plain conditional model", low=0)
     temperature: float = opt(1.0, "divides the logits; 0 takes the most probable token", low=0)
     top_k: int = opt(0, "keep the k most probable tokens; 0 keeps all", low=0)
-    top_p: float = opt(1.0, "keep the most probable tokens up to this mass", low=0, high=1)
+    top_p: float = opt(1.0, "keep the most probable tokens up to this mass", low=1e-6, high=1)
 
 
 PARTS = {"train": "only train", "sample": "draw from the checkpoint", "eval": "only the metrics", "complete": "finish half images",

@@ -227,8 +227,8 @@ def complete_config(config):
     config = dataclasses.replace(config, scales=str(SIDE)) if config.order == "raster" else config
     scales = parse_scales(config.scales)
     for flag, bad, advice in (
-            ("--dim", config.dim % config.heads, f"a multiple of the {config.heads} heads is needed"),
-            ("--refiner", config.refiner % config.heads, f"a multiple of the {config.heads} heads is needed"),
+            ("--dim", config.dim % (4 * config.heads), f"a multiple of 4 times the {config.heads} heads is needed"),
+            ("--refiner", config.refiner % (4 * config.heads), f"a multiple of 4 times the {config.heads} heads is needed"),
             ("--mask markov", config.mask == "markov" and config.order != "scales", "it needs --order scales"),
             ("--noise", config.noise and config.targets == "absolute", "absolute targets leave nothing over to repair"),
             ("--refiner", config.refiner and (config.order != "scales" or len(scales) < 2), "it needs --order scales, 2 maps or more"),
@@ -238,8 +238,10 @@ def complete_config(config):
         if bad:
             raise UserError(f"{flag}: {advice}")
     count = len(parse_scales(config.sample_scales or config.scales, "--sample-scales" if config.sample_scales else "--scales"))
-    if min(numbers(config.top_k, "--top-k", int, count)) < 0 or not 0 <= min(p := numbers(config.top_p, "--top-p", float, count)) <= max(p) <= 1:
-        raise UserError(f"--top-k {config.top_k} --top-p {config.top_p}: k must be 0 or more, p between 0 and 1")
+    if min(numbers(config.top_k, "--top-k", int, count)) < 0:
+        raise UserError(f"--top-k {config.top_k}: k must be 0 (off) or more")
+    if not all(0 < p <= 1 for p in numbers(config.top_p, "--top-p", float, count)):
+        raise UserError(f"--top-p {config.top_p}: p must be above 0 and at most 1 (off)")
     return config
 
 
@@ -632,9 +634,9 @@ class Pyramid(nn.Module):
 
         z (B, L, C). A vector of map k weighs 1 / s_k^2: unweighted, the last map would own the codebook with its 64 of 85 vectors.
         """
-        weight = torch.cat([torch.full((s * s,), 1 / s**2) for s in scales]).to(z.device).repeat(len(z))
+        weight = torch.cat([torch.full((s * s,), 1 / s**2) for s in scales]).to(z).repeat(len(z))
         z, index = z.flatten(0, 1), tokens.flatten()
-        self.count.lerp_(torch.bincount(index, weight, len(self.codes)).float(), 1 - self.decay)
+        self.count.lerp_(torch.bincount(index, weight, len(self.codes)), 1 - self.decay)
         self.total.lerp_(torch.zeros_like(self.codes).index_add_(0, index, z * weight[:, None]), 1 - self.decay)
         fair = float(weight.sum()) / len(self.codes)
         dead = (self.count < self.restart * fair).nonzero()[:, 0]
@@ -698,6 +700,34 @@ class Tokenizer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def rope_rotations(places, head_dim, base=100.0):
+    """2-D rotary positions (Su et al. 2021; per axis as in LlamaGen): places (N, 2) of (row, column) -> complex (N, D/2).
+
+    The first half of the D/2 pairs turns with the row, the second with the column, at speeds 1 .. 1/base per cell. Places are
+    those of the 8 x 8 map, where a cell of a coarser map lies at its centre (as in STAR, Ma et al. 2024, arXiv:2406.10797).
+    """
+    quarter = head_dim // 4
+    speed = base ** (-torch.arange(quarter) / quarter)
+    angle = torch.cat([places[:, :1] * speed, places[:, 1:] * speed], 1)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def cell_centres(side):
+    """Places of the cells of a map, in cells of the 8 x 8 map: (s^2, 2)
+
+    >>> cell_centres(2).tolist()
+    [[1.5, 1.5], [1.5, 5.5], [5.5, 1.5], [5.5, 5.5]]
+    """
+    centres = (torch.arange(side) + 0.5) * SIDE / side - 0.5
+    return torch.cartesian_prod(centres, centres)
+
+
+def rotate(x, rotations):
+    """Pairs (x0, x1), (x2, x3), ... read as complex numbers and turned, in fp32: x (..., D), rotations (..., D/2)"""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations).flatten(-2)
+
+
 class Block(nn.Module):
     """x + g1 * attention(modulate(x)), then x + g2 * mlp(modulate(x)). Both output layers start at zero: a new block is the identity."""
 
@@ -714,14 +744,15 @@ class Block(nn.Module):
         for layer in (self.proj, self.down, *([self.condition] if own_condition else [])):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, x, shared, label, mask=None, cache=None, start=0):
-        """x (B, N, d); shared (B, 6d) AdaLN of all blocks, label (B, d) for an own one; cache: None, or (2, B, H, L, D)"""
+    def forward(self, x, rotations, shared, label, mask=None, cache=None, start=0):
+        """x (B, N, d); rotations (N, D/2); shared (B, 6d) AdaLN of all blocks, label (B, d) for an own one; cache (2, B, H, L, D)"""
         condition = self.offset + (shared if self.condition is None else self.condition(label))
         gate1, gate2, scale1, scale2, shift1, shift2 = condition[:, None].chunk(6, -1)
         qkv = self.qkv(norm(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, N, D)
-        # cosine attention: scores are bounded by a learned sharpness, whatever the widths of q and k
-        q, k = F.normalize(q, dim=-1) * self.sharpness.clamp(max=math.log(100)).exp(), F.normalize(k, dim=-1)
+        # cosine attention: scores are bounded by a learned sharpness, whatever the lengths of q and k
+        q, k = F.normalize(rotate(q, rotations), dim=-1), F.normalize(rotate(k, rotations), dim=-1)
+        q = q * self.sharpness.clamp(max=math.log(100)).exp()
         q, k = q.to(v.dtype), k.to(v.dtype)
         end = start + x.shape[1]
         if cache is not None:
@@ -751,6 +782,7 @@ class VAR(nn.Module):
         self.final = nn.Linear(dim, 2 * dim, bias=False)
         self.refiner = None                             # a small VAR that draws the last map
         self.head = nn.Linear(dim, size, bias=False)
+        self.rotations = {s: rope_rotations(cell_centres(s), dim // heads) for s in range(1, SIDE + 1)}
         for layer in (self.condition, self.final, self.head):
             nn.init.zeros_(layer.weight)  # the first loss is exactly log V
 
@@ -766,12 +798,14 @@ class VAR(nn.Module):
         return torch.cat(parts, 1)
 
     def places(self, scales):
-        """(L, d): where a cell lies (one 8 x 8 map, averaged for coarser ones), and in which map"""
-        return torch.cat([area(self.place, s)[0] + self.level.weight[s] for s in scales])
+        """Per slot, (L, d): where its cell lies (one 8 x 8 map, averaged for coarser ones) and in which map; and rotations (L, D/2)"""
+        added = torch.cat([area(self.place, s)[0] + self.level.weight[s] for s in scales])
+        return added, torch.cat([self.rotations[s] for s in scales]).to(added.device)
 
     def run(self, known, before, labels, places, mask=None, cache=None, start=0):
         """Slots start .. start + N: known (B, N, C) from the coarser maps, before (B, N) or None, labels (B,) -> logits (B, N, V)"""
-        x, label = self.word(known) + places, self.label(labels)
+        added, rotations = (p[start:start + known.shape[1]] for p in places)
+        x, label = self.word(known) + added, self.label(labels)
         if self.token is not None:
             x = x + self.token(before)
         if start == 0:
@@ -779,7 +813,7 @@ class VAR(nn.Module):
         label = F.silu(label)
         shared = self.condition(label)
         for i, block in enumerate(self.blocks):
-            x = block(x, shared, label, mask, None if cache is None else cache[i], start)
+            x = block(x, rotations, shared, label, mask, None if cache is None else cache[i], start)
         scale, shift = self.final(label)[:, None].chunk(2, -1)
         return self.head(norm(x) * (1 + scale) + shift)
 
@@ -853,7 +887,7 @@ def generate(model, pyramid, labels, generator, guidance=1.0, temperature=1.0, t
         if model.refiner is not None and side == SIDE:  # the small model reads all earlier inputs at once, then takes over
             model, earlier = model.refiner, torch.cat(fed, 1)
             cache, places = model.new_cache(len(both), length), model.places(scales)
-            model.run(double(earlier), None, both, places[:first], model.mask(scales[:-1]), cache)
+            model.run(double(earlier), None, both, places, model.mask(scales[:-1]), cache)
         inputs, cells = area(total, side), side * side
         fed.append(inputs)
         if known is not None:
@@ -863,7 +897,7 @@ def generate(model, pyramid, labels, generator, guidance=1.0, temperature=1.0, t
             if cached:
                 before = None if model.parallel else tokens[:, part.start - 1:part.stop - 1] if i else tokens[:, :1] * 0 + model.size
                 before = before if before is None else double(before)
-                logits = model.run(double(inputs[:, i:j]), before, both, places[part], None, cache, part.start)
+                logits = model.run(double(inputs[:, i:j]), before, both, places, None, cache, part.start)
             else:
                 logits = model(double(pyramid.inputs(tokens, scales)), double(tokens), both, scales)[:, part]
             if guidance != 1:
@@ -1285,7 +1319,6 @@ class Run:
     def load_models(self, state):
         self.tokenizer.load_state_dict(state["model"]["tokenizer"])
         self.generator.load_state_dict(state["model"]["generator"])
-        self.history, self.seconds = state["history"], state["seconds"]
 
     def load(self, state):
         self.enter(state["stage"])
@@ -1294,7 +1327,7 @@ class Run:
             optimizer.load_state_dict(saved)
         self.rng.set_state(state["run_rng"])
         set_rng_state(state["rng"])
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.seconds, self.history = (state[k] for k in ("step", "best", "seconds", "history"))
 
 
 def tokenizer_loss(run, images, forward, variance):
@@ -1667,6 +1700,8 @@ def execute(part, config):
         train_both(run, data, out)
         metrics["tokens_per_second"] = run.step * config.batch * sum(s * s for s in run.generator.scales) / max(run.seconds["generator"], 1e-9)
         saved = load_checkpoint(out / "best.pt")
+    else:
+        run.history = saved["history"]
     run.load_models(saved)
     run.tokenizer.eval(), run.generator.eval()
     scales = sampling_scales(config)
