@@ -598,7 +598,7 @@ def test_user_errors(trained, tmp_path, capsys):
         ("invalid choice: 'zigzag'", ["--order", "zigzag"]), ("there is no part 'smaple'", ["smaple"]), ("unrecognized arguments: --ordr", ["--ordr", "x"]),
         ("must rise strictly", ["--scales", "1,4,2,8"]), ("must rise strictly", ["--scales", "1,2,4"]), ("must rise strictly", ["--scales", "0,8"]),
         ("separated by commas", ["--scales", "1;2"]), ("--lr must lie", ["--lr", "nan"]), ("3 numbers, but there are 4 maps", ["--top-k", "1,2,3"]),
-        ("p above 0 and at most 1", ["--top-p", "1.5"]), ("p above 0", ["--top-p", "nan"]), ("p above 0", ["--top-p", "0"]), ("k must be 0 or more", ["--top-k", "-1"]), ("multiple of 4 times the 4 heads", ["--dim", "30"]),
+        ("p must be above 0", ["--top-p", "1.5"]), ("p must be above 0", ["--top-p", "nan"]), ("p must be above 0", ["--top-p", "0"]), ("k must be 0", ["--top-k", "-1"]), ("multiple of 4 times the 4 heads", ["--dim", "30"]),
         ("multiple of 4 times the 4 heads", ["--refiner", "30"]), ("--mask markov: it needs", ["--mask", "markov", "--order", "tokens"]),
         ("--refiner: it needs", ["--refiner", "16", "--scales", "8"]), ("--noise", ["--noise", "0.1", "--targets", "absolute"]),
         ("--sample-scales: it needs", ["--sample-scales", "1,8"]), ("must rise strictly", ["--sample-scales", "1,9", "--targets", "absolute"]),
