@@ -152,7 +152,7 @@ class Config:
     # what and where
     data: str = opt("", "images: glyphs, mnist, fashion-mnist, or a path (IDX file, .npz, folder of class folders); "
                     "bpe: pydoc, shakespeare, or a UTF-8 file; default glyphs and pydoc", fixed=True)
-    out: str = opt("", "folder of the run; default out/tok/QUANTIZER, -1d and -learned added where they apply")
+    out: str = opt("", "folder of the run; default out/tok/vq, vq-1d, vq-4, ... after the tokenizer")
     preset: str = opt("cpu", "cpu: a minute on two cores; gpu: a wider model, a longer run", choices=("cpu", "gpu"))
     seed: int = opt(0, "seed of the data, the model and the training", low=0, fixed=True)
     device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
@@ -169,6 +169,9 @@ class Config:
     depth: int = opt(2, "rvq: codebooks, that is, tokens per cell", low=1, high=16, fixed=True)
     levels: str = opt("8,6,5", "fsq: levels of each channel; their product is the number of codes", fixed=True)
     tokens: int = opt(16, "1d: tokens per image", low=1, high=256, fixed=True)
+    mixer: str = opt("queries", "1d: from cells to tokens and back. queries: attention, as in TiTok; dense: two dense layers",
+                     choices=("queries", "dense"), fixed=True)
+    nested: bool = opt(True, "1d: cut off the tail of some images' tokens in training, so that every prefix decodes", fixed=True)
     learned_codebook: bool = opt(False, "vq, rvq: codes trained by gradient: they collapse", fixed=True)
     cosine: bool = opt(False, "vq: vectors and codes of length 1, so that only the direction is coded", fixed=True)
     perturb: float = opt(0.0, "share of training images with disturbed tokens", low=0, high=1, fixed=True)
@@ -601,29 +604,25 @@ def bpe_report(bpe, text):
 def run_bpe(config, out):
     """Train on the first nine tenths of a text, report on both parts, save OUT/bpe.json -> metrics"""
     text = load_text(config.data or "pydoc", config.bytes)
-    cut = len(text) * 9 // 10
-    began = time.perf_counter()
+    cut, clock = len(text) * 9 // 10, [time.perf_counter()]
     bpe = BPE(train_bpe(text[:cut], config.vocab, config.split), config.split, special=("<|endoftext|>",))
-    trained = time.perf_counter()
-    ids = bpe.encode_plain(text)
-    encoded = time.perf_counter()
-    assert bpe.decode(ids) == text
+    clock.append(time.perf_counter())
+    assert bpe.decode(bpe.encode_plain(text)) == text
+    clock.append(time.perf_counter())
     bpe.save(out / "bpe.json")
-    metrics = {"bpe_vocab": 256 + len(bpe.merges), "bpe_train_seconds": trained - began,
-               "bpe_encode_mb_per_second": len(text) / 1e6 / (encoded - trained),
-               "bpe_train": bpe_report(bpe, text[:cut]), "bpe_test": bpe_report(bpe, text[cut:])}
-    if metrics["bpe_vocab"] < config.vocab:
-        print(f"only {metrics['bpe_vocab']} entries: after them no pair occurs twice in this text")
-    print(f"bpe: {len(text) / 1e6:.2f} MB, {metrics['bpe_vocab']} entries, split {config.split}: "
-          f"trained in {metrics['bpe_train_seconds']:.2f} s, "
-          f"encodes {metrics['bpe_encode_mb_per_second']:.1f} MB/s from a cold start\n"
-          f"{'':20}{'train 90 %':>12}{'test 10 %':>12}")
-    rows = {"bytes_per_token": "bytes per token", "fertility": "tokens per word", "unused": "unused entries"}
-    for name, words in rows.items():
-        print(f"{words:20}{metrics['bpe_train'][name]:12.4g}{metrics['bpe_test'][name]:12.4g}")
-    longest = sorted(bpe.bytes[:256 + len(bpe.merges)], key=len, reverse=True)[:8]
+    m = {"bpe_vocab": 256 + len(bpe.merges), "bpe_train_seconds": clock[1] - clock[0],
+         "bpe_encode_mb_per_second": len(text) / 1e6 / (clock[2] - clock[1]),
+         "bpe_train": bpe_report(bpe, text[:cut]), "bpe_test": bpe_report(bpe, text[cut:])}
+    if m["bpe_vocab"] < config.vocab:
+        print(f"only {m['bpe_vocab']} entries: after them no pair occurs twice in this text")
+    print(f"bpe: {len(text) / 1e6:.2f} MB, {m['bpe_vocab']} entries, split {config.split}: trained in "
+          f"{m['bpe_train_seconds']:.2f} s; encodes and decodes {m['bpe_encode_mb_per_second']:.1f} MB/s from a cold start")
+    print(f"{'':20}{'train 90 %':>12}{'test 10 %':>12}")
+    for name, words in {"bytes_per_token": "bytes per token", "fertility": "tokens per word", "unused": "unused entries"}.items():
+        print(f"{words:20}{m['bpe_train'][name]:12.4g}{m['bpe_test'][name]:12.4g}")
+    longest = sorted(bpe.bytes[:m["bpe_vocab"]], key=len, reverse=True)[:8]
     print("longest tokens      " + "  ".join(repr(t.decode("utf-8", "replace")) for t in longest))
-    return metrics
+    return m
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -700,14 +699,12 @@ def fsq_index(digits, levels):
     >>> fsq_index(torch.tensor([-2, 1]), torch.tensor([4, 3]))     # digits 0 and 2: 0 + 4 * 2
     tensor(8)
     """
-    base = torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
-    return ((digits.long() + levels // 2) * base).sum(-1)
+    return ((digits.long() + levels // 2) * (levels.cumprod(0) // levels)).sum(-1)
 
 
 def fsq_digits(index, levels):
     """The inverse of `fsq_index`: (...) -> (..., C)"""
-    base = torch.cat([levels.new_ones(1), levels[:-1].cumprod(0)])
-    return index[..., None] // base % levels - levels // 2
+    return index[..., None] // (levels.cumprod(0) // levels) % levels - levels // 2
 
 
 def lfq_index(z):
@@ -881,12 +878,66 @@ class Residual(nn.Module):
         return x + F.conv2d(F.relu(F.conv2d(F.relu(x), kernel(self.first), padding=1)), kernel(self.second), padding=1)
 
 
+def matrix(inputs, outputs):
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). All tokens look at the first `inputs`: only these know the image."""
+
+    def __init__(self, width, inputs):
+        super().__init__()
+        self.inputs, self.heads = inputs, width // 16
+        self.q, self.kv, self.proj = matrix(width, width), matrix(width, 2 * width), matrix(width, width)
+        self.up, self.down = matrix(width, 4 * width), matrix(4 * width, width)
+        nn.init.zeros_(self.down.weight)
+
+    def forward(self, x):
+        heads = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, 16)
+        h = norm(x)
+        q, (k, v) = heads(self.q(h)), map(heads, self.kv(h[:, :self.inputs]).chunk(2, -1))
+        look = (norm(q) @ norm(k).mT * 0.5).softmax(-1)  # sharper than 16^-0.5: queries part sooner
+        x = x + self.proj((look.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return x + self.down(F.relu(self.up(norm(x))).square())
+
+
+class Queries(nn.Module):
+    """x (B, inputs, C) -> (B, outputs, C): learned queries join the inputs in a small transformer; keep the queries (TiTok).
+
+    Encoder: 64 cells and K queries -> K tokens. Decoder: K tokens and 64 queries, the "mask tokens" -> 64 cells.
+    """
+
+    def __init__(self, inputs, outputs, width, blocks):
+        super().__init__()
+        self.inputs = inputs
+        self.places = nn.Parameter(torch.randn(inputs + outputs, width))
+        self.blocks = nn.Sequential(*[Block(width, inputs) for _ in range(blocks)])
+
+    def forward(self, x):
+        places, queries = self.places.split([self.inputs, len(self.places) - self.inputs])
+        x = self.blocks(torch.cat([norm(x) + places, queries.expand(x.shape[0], -1, -1)], 1))
+        return norm(x[:, self.inputs:])
+
+
+class Dense(nn.Module):
+    """The same by two dense layers: every output has its own weight for every input, nothing need be found by attention."""
+
+    def __init__(self, inputs, outputs, width, neck=8):
+        super().__init__()
+        self.outputs, self.narrow, self.widen = outputs, matrix(width, neck), matrix(neck, width)
+        self.first, self.second = matrix(inputs * neck, 8 * width), matrix(8 * width, outputs * neck)
+
+    def forward(self, x):
+        x = self.second(F.relu(self.first(self.narrow(x).flatten(1))))
+        return self.widen(x.unflatten(1, (self.outputs, -1)))
+
+
 class Tokenizer(nn.Module):
     """Images <-> tokens. `encode` and `decode` are the two halves; `forward` is both, for training."""
 
     def __init__(self, config):
         super().__init__()
-        self.layout, self.disturb, width = config.layout, config.perturb, config.width
+        self.layout, self.disturb, self.nested, width = config.layout, config.perturb, config.nested, config.width
         self.quantizer = make_quantizer(config)
         self.depth, self.size, dim = self.quantizer.codes.shape
         self.vocabulary = self.depth * self.size  # codebook d takes the integers from d V on
@@ -894,14 +945,13 @@ class Tokenizer(nn.Module):
         self.grid = (8, 8 * self.depth) if config.layout == "grid" else (1, self.slots * self.depth)
         self.stem = nn.Conv2d(1, width, 8, stride=4, padding=2)
         self.encoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
-        neck = dim if config.layout == "grid" else 8  # channels of a cell, between convolutions and codes
-        self.to_code, self.from_code = nn.Linear(width, neck), nn.Linear(neck, width)
+        self.gather = self.scatter = nn.Identity()
+        if config.layout == "1d":
+            mixer = lambda *sizes: Queries(*sizes, config.blocks + 1) if config.mixer == "queries" else Dense(*sizes)
+            self.gather, self.scatter = mixer(64, self.slots, width), mixer(self.slots, 64, width)
+        self.to_code, self.from_code = nn.Linear(width, dim), nn.Linear(dim, width)
         self.decoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
         self.paint = nn.ConvTranspose2d(width, 1, 8, stride=4, padding=2)  # 4x4 pixels a cell, overlapping by 2
-        if config.layout == "1d":  # every token sees every cell: two dense layers each way
-            linear = lambda i, o: nn.Linear(i, o, bias=False)
-            dense = lambda i, o: nn.Sequential(linear(i, 8 * width), nn.ReLU(), linear(8 * width, o))
-            self.gather, self.scatter = dense(64 * neck, self.slots * dim), dense(self.slots * dim, 64 * neck)
 
     @property
     def device(self):
@@ -909,14 +959,13 @@ class Tokenizer(nn.Module):
 
     def latents(self, images):
         """float (B, 32, 32) -> z (B, T, C)"""
-        x = self.to_code(norm(self.encoder(self.stem(images[:, None])).flatten(2).mT))
-        return (x if self.layout == "grid" else self.gather(x.flatten(1)).unflatten(1, (self.slots, -1))).float()
+        cells = norm(self.encoder(self.stem(images[:, None])).flatten(2).mT)
+        return self.to_code(self.gather(cells)).float()
 
     def paint_codes(self, q):
         """q (B, T, C) -> images float (B, 32, 32), not yet clamped"""
-        x = q if self.layout == "grid" else self.scatter(q.flatten(1)).unflatten(1, (64, -1))
-        x = self.decoder(self.from_code(x).mT.unflatten(2, (8, 8)))
-        return self.paint(F.relu(x))[:, 0].float()
+        cells = self.scatter(self.from_code(q))
+        return self.paint(F.relu(self.decoder(cells.mT.unflatten(2, (8, 8)))))[:, 0].float()
 
     def forward(self, images, generator):
         """float (B, 32, 32) -> rebuilt images, index (B, T, D), auxiliary loss"""
@@ -925,7 +974,7 @@ class Tokenizer(nn.Module):
             q, index, loss = self.quantizer(z, generator)
             if self.disturb:
                 q = straight_through(q, self.quantizer.lookup(self.swap(index, self.disturb, generator)))
-        if self.layout == "1d":  # three images in four keep all tokens, the others 1 .. T of them
+        if self.layout == "1d" and self.nested:  # three images in four keep all tokens, the others 1 .. T of them
             keep = torch.randint(1, 4 * self.slots + 1, (len(q),), generator=generator).clamp(max=self.slots)
             q = keep_prefix(q, keep.to(q.device))
         return self.paint_codes(q), index, loss
@@ -962,7 +1011,6 @@ def make_quantizer(config):
     dim = config.code_dim or (8 if config.layout == "grid" else 4)
     depth = config.depth if config.quantizer == "rvq" else 1
     return VectorQuantizer(config.codebook, dim, depth, config.learned_codebook, config.cosine, config.commitment)
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1090,18 +1138,16 @@ def prefixes(model):
 
 
 def validate(model, images):
-    """Over all of `images`: PSNR, usage and perplexity per codebook, quantization error relative to the latents' variance"""
+    """Over all of `images`: PSNR, usage and perplexity per codebook, error of the codes relative to the latents' variance"""
     tokens = tokenize(model, images)
-    index = model.index(tokens)
-    shares, perplexities = zip(*(usage(i, model.size) for i in index.unbind(-1)))
+    shares, perplexities = zip(*(usage(i, model.size) for i in model.index(tokens).unbind(-1)))
     metrics = {"rpsnr": psnr(rebuild(model, tokens), images), "usage": min(shares), "perplexity": min(perplexities),
                "usage_per_codebook": list(shares), "perplexity_per_codebook": list(perplexities)}
-    if isinstance(model.quantizer, VectorQuantizer):
+    if isinstance(model.quantizer, VectorQuantizer) and not model.quantizer.cosine:
         with torch.no_grad():
             z = model.latents(to_float(images[:500], model.device))
-            z = F.normalize(z, dim=-1) if model.quantizer.cosine else z
-            q = model.quantizer.lookup(index[:500].to(z.device))
-        metrics["latent_error"] = float((z - q).square().mean() / z.flatten(0, 1).var(0).mean())
+            error = (z - model.quantizer(z)[0]).square().mean()
+        metrics["latent_error"] = float(error / z.flatten(0, 1).var(0).mean())
     return metrics
 
 
@@ -1143,7 +1189,6 @@ def evaluate(config, model, data, tokens, test_tokens):
     metrics["pfd"] = distance(rebuild(model, near.flatten(1)))
     metrics["mean_image_psnr"] = psnr(data.test, data.train.float().mean(0).expand(len(data.test), -1, -1))
     metrics["prefix_psnr"] = {str(n): psnr(rebuild(model, test_tokens, n), data.test) for n in prefixes(model)}
-    metrics["prefix_rfd"] = {str(n): distance(rebuild(model, tokens[some], n)) for n in prefixes(model)}
     return metrics
 
 
@@ -1273,13 +1318,14 @@ class Muon(torch.optim.Optimizer):
 # --- end shared
 
 def make_optimizers(model, config, dtype):
+    """Muon for the matrices inside the blocks, AdamW for all else; a learned codebook gets a tenth, the customary 1e-3"""
     bodies = [module for name, module in model.named_children() if name in ("encoder", "decoder", "gather", "scatter")]
-    matrices = [p for body in bodies for p in body.parameters() if p.ndim == 2]
-    codes = list(model.quantizer.parameters())  # only a learned codebook has any; a tenth of the rate is the customary 1e-3
+    matrices = [p for body in bodies for name, p in body.named_parameters() if p.ndim == 2 and name != "places"]
+    codes = list(model.quantizer.parameters())
     taken = {id(p) for p in matrices + codes}
-    rest = [p for p in model.parameters() if id(p) not in taken]
     adam = lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizers = [Muon(matrices, lr=config.lr, dtype=dtype), adam(rest, config.lr_adam)]
+    optimizers = [Muon(matrices, lr=config.lr, dtype=dtype),
+                  adam([p for p in model.parameters() if id(p) not in taken], config.lr_adam)]
     return optimizers + [adam(codes, config.lr_adam / 10)] if codes else optimizers
 
 
@@ -1289,54 +1335,53 @@ def train(config, model, data, dtype, out):
     optimizers = make_optimizers(model, config, dtype)
     base_lr = [o.param_groups[0]["lr"] for o in optimizers]
     rng = torch.Generator().manual_seed(config.seed)  # draws images, restarts, perturbations, prefix lengths
-    step, best, history, spent = 0, -math.inf, [], 0.0
+    at = {"step": 0, "best": -math.inf, "history": [], "seconds": 0.0}
     if config.resume:
         state = load_checkpoint(out / "last.pt")
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        step, best, history, spent = state["step"], state["best"], state["history"], state["seconds"]
         rng.set_state(state["rng"])
+        at = {name: state[name] for name in at}
 
     def snapshot(name):
-        save_checkpoint(out / name, {
-            "config": dataclasses.asdict(config), "model": model.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "step": step, "best": best,
-            "history": history, "seconds": spent, "rng": rng.get_state()})
+        save_checkpoint(out / name, at | {"config": dataclasses.asdict(config), "model": model.state_dict(),
+                                          "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state()})
 
     forward = torch.compile(model) if config.compile else model
-    bar, began = Progress(config.steps, "train", start=step), time.time() - spent
+    bar, began = Progress(config.steps, "train", start=at["step"]), time.time() - at["seconds"]
     with Interrupt() as stop:
-        while step < config.steps:
+        while at["step"] < config.steps:
             images = to_float(data.train[torch.randint(len(data.train), (config.batch,), generator=rng)], device)
             for optimizer, lr in zip(optimizers, base_lr):
-                optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # linear decay to zero, no warm-up
+                optimizer.param_groups[0]["lr"] = lr * (1 - at["step"] / config.steps)  # linear decay to zero, no warm-up
+                optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                rebuilt, index, extra = forward(images, rng)
+                rebuilt, _, extra = forward(images, rng)
             error = F.mse_loss(rebuilt, images) / variance  # so that the commitment weighs the same on any data
             loss = error + extra
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {step}: lower --lr; {out / 'last.pt'} has the last good state")
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+                raise UserError(f"the loss is {loss.item()} at step {at['step']}: lower --lr; {out / 'last.pt'} has the last "
+                                "good state")
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            step += 1
+            at["step"] += 1
             bar.update(error=error.item(), extra=extra.item())
-            if step % config.eval_every == 0 or step == config.steps:
+            due = at["step"] % config.eval_every == 0 or at["step"] == config.steps
+            if due:
                 model.eval()
-                history.append({"step": step, "error": error.item(), "extra": extra.item()} | validate(model, data.test))
+                at["history"].append({"step": at["step"], "error": error.item()} | validate(model, data.test))
                 model.train()
-            if step % config.eval_every == 0 or step == config.steps or stop.asked:
-                spent = time.time() - began
-                if history and history[-1]["step"] == step and history[-1]["rpsnr"] > best:
-                    best = history[-1]["rpsnr"]
+            if due or stop.asked:
+                at["seconds"] = time.time() - began
+                if due and at["history"][-1]["rpsnr"] > at["best"]:
+                    at["best"] = at["history"][-1]["rpsnr"]
                     snapshot("best.pt")
                 snapshot("last.pt")
             if stop.asked:
-                raise KeyboardInterrupt(f"step {step} is saved; go on with the same command and --resume")
-    return history
+                raise KeyboardInterrupt(f"step {at['step']} is saved; go on with the same command and --resume")
+    return at["history"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1461,7 +1506,7 @@ def draw_detail(model, data, test_tokens, out):
 
 
 def draw_codes(model, data, history, test_tokens, out):
-    """codes.png: how often each code is used, the pictures a code stands for, and how usage and PSNR grew"""
+    """codes.png: how often each code is used, what a code (grid) or a token (1d) stands for, and how the run went"""
     figure, axes = new_figure(11, 3.4, 1, 3)
     index = model.index(test_tokens)
     counts = [torch.bincount(i.flatten(), minlength=model.size) for i in index.unbind(-1)]
@@ -1474,14 +1519,13 @@ def draw_codes(model, data, history, test_tokens, out):
         show_codes(axes[0, 1], data.test, index[..., 0], counts[0])
     else:
         show_positions(axes[0, 1], model, test_tokens)
-    axis, steps = axes[0, 2], [h["step"] for h in history]
-    axis.plot(steps, [100 * h["usage"] for h in history], ".-", label="usage")
-    axis.plot(steps, [100 * h["perplexity"] / model.size for h in history], ".-", label="perplexity")
-    axis.set(xlabel="step", ylabel="% of the codes", ylim=(0, 105), title="validation")
-    right = axis.twinx()
-    right.plot(steps, [h["rpsnr"] for h in history], "k.--", label="PSNR")
+    column = lambda name: [h[name] for h in history]
+    axes[0, 2].plot(column("step"), [100 * share for share in column("usage")], ".-", color="C1")
+    axes[0, 2].set(xlabel="step", ylim=(0, 105), title="validation")
+    axes[0, 2].set_ylabel("codes in use, %", color="C1")
+    right = axes[0, 2].twinx()
+    right.plot(column("step"), column("rpsnr"), "k.--")
     right.set_ylabel("PSNR, dB (dashed)")
-    axis.legend(fontsize=8, loc="center right")
     save_figure(figure, out / "codes.png")
 
 
@@ -1505,30 +1549,40 @@ def show_positions(axis, model, test_tokens):
     show_images(axis, (maps / maps.max() * 255).byte(), math.isqrt(len(maps)), "where each token, first to last, matters")
 
 
-def draw_rate_distortion(config, model, data, metrics, out):
+def draw_rate_distortion(data, metrics, out):
     """rate_distortion.png: PSNR against bits, beside JPEG, WebP and the runs in neighbouring folders on the same data.
 
     Not counted, as the codecs' standard tables are not: our codebook and decoder, which both sides have to know.
     """
-    figure, axes = new_figure(7, 4.6)
-    axis, images = axes[0, 0], data.test[:300]
+    figure, axes = new_figure(8, 5)
+    axis, images, curves = axes[0, 0], data.test[:300], collections.defaultdict(dict)
     for kind, color in (("JPEG", "gray"), ("WEBP", "black")):
         whole, inner, quality = zip(*codec_curve(images, kind))
         axis.plot(inner, quality, ".-", color=color, label=f"{kind}, coded pixels only")
         axis.plot(whole, quality, ".:", color=color, label=f"{kind}, whole file")
-    runs = {out.name: metrics}
-    for path in sorted(out.parent.glob("*/metrics.json")):
-        other = json.loads(path.read_text(encoding="utf-8"))
-        if other.get("data") == data.name and path.parent != out and "prefix_psnr" in other:
-            runs[path.parent.name] = other
-    for name, m in runs.items():
-        most = max(int(n) for n in m["prefix_psnr"])
-        rate = [m["bits_per_image"] * int(n) / most for n in m["prefix_psnr"]]
-        axis.plot(rate, list(m["prefix_psnr"].values()), "o-", ms=7 if m is metrics else 4, label=name)
+    others = [path for path in sorted(out.parent.glob("*/metrics.json")) if path.parent != out]
+    for m in [metrics, *(json.loads(path.read_text(encoding="utf-8")) for path in others)]:
+        if m.get("data") == data.name and "prefix_psnr" in m:  # one curve a kind: over prefixes, or over runs of several sizes
+            most = max(int(n) for n in m["prefix_psnr"])
+            curves[m["kind"]] |= {m["bits_per_image"] * int(n) / most: quality for n, quality in m["prefix_psnr"].items()}
+    for kind, curve in sorted(curves.items()):
+        axis.plot(*zip(*sorted(curve.items())), "o-", ms=7 if kind == metrics["kind"] else 4, label=kind)
     axis.axhline(metrics["mean_image_psnr"], color="black", lw=0.8, ls="--", label="the mean image, 0 bits")
     axis.set(xscale="log", xlabel="bits per image (tokens without entropy coding)", ylabel="PSNR (dB)", title=data.name)
     axis.legend(fontsize=7)
     save_figure(figure, out / "rate_distortion.png")
+
+
+def report(config, model, data, metrics, history, out):
+    """Everything that is known of a trained tokenizer, as pictures and a token folder in `out` -> its metrics"""
+    tokens, test_tokens = tokenize(model, data.train), tokenize(model, data.test)
+    metrics = metrics | evaluate(config, model, data, tokens, test_tokens)
+    draw_reconstructions(model, data, test_tokens, out)
+    draw_detail(model, data, test_tokens, out)
+    draw_codes(model, data, history, test_tokens, out)
+    draw_rate_distortion(data, metrics, out)
+    export(model, data, tokens, test_tokens, out)
+    return metrics
 
 
 def write_json(path, metrics):
@@ -1570,9 +1624,15 @@ def check(config, metrics):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def kind_of(config):
+    """The words that tell this tokenizer from others, apart from its size: a curve of the rate-distortion picture"""
+    one_d = ["1d"] + ["dense"] * (config.mixer == "dense") + ["fixed"] * (not config.nested) if config.layout == "1d" else []
+    return "-".join([config.quantizer, *one_d] + ["learned"] * config.learned_codebook + ["perturb"] * (config.perturb > 0))
+
+
 def complete_config(config, part):
     """Fill the defaults that depend on other flags; refuse what does not fit together."""
-    name = config.quantizer + ("-1d" if config.layout == "1d" else "") + ("-learned" if config.learned_codebook else "")
+    name = kind_of(config) + (f"-{config.codebook}" if config.codebook != 256 else "")
     config = dataclasses.replace(config, out=config.out or f"out/tok/{'bpe' if part == 'bpe' else name}")
     if config.quantizer == "lfq" and config.codebook & (config.codebook - 1):
         raise UserError(f"--codebook {config.codebook}: lfq needs a power of two")
@@ -1592,7 +1652,7 @@ def main(argv=None):
     began = time.time()
     part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
     config = complete_config(config, part)
-    out, saved = make_folder(config.out), None
+    out = make_folder(config.out)
     if part == "bpe":
         metrics = run_bpe(config, out)
         write_json(out / "metrics.json", metrics)
@@ -1612,24 +1672,15 @@ def main(argv=None):
     data = load_images(config.data, config.seed)
     params = sum(p.numel() for p in model.parameters())
     print(f"nano_tok: {reason}\ndata {data.name}: {len(data.train)} train, {len(data.test)} test, {data.classes} classes; "
-          f"{config.quantizer} {config.layout}: {model.slots} x {model.depth} tokens of {model.size}; "
-          f"model {params / 1e6:.2f} M parameters", flush=True)
+          f"{kind_of(config)}: {model.slots} x {model.depth} tokens of {model.size}; {params / 1e6:.2f} M parameters", flush=True)
     if part in ("all", "train"):
         train(config, model, data, dtype, out)
         saved = load_checkpoint(out / "best.pt")
-    metrics = {"device": reason, "params": params, "seed": config.seed, "data": data.name,
-               "train_seconds": saved["seconds"],
-               "images_per_second": saved["step"] * config.batch / max(saved["seconds"], 1e-9)}
-    model.load_state_dict(saved["model"])
-    model.eval()
-    if part in ("all", "eval"):
-        tokens, test_tokens = tokenize(model, data.train), tokenize(model, data.test)
-        metrics |= evaluate(config, model, data, tokens, test_tokens)
-        draw_reconstructions(model, data, test_tokens, out)
-        draw_detail(model, data, test_tokens, out)
-        draw_codes(model, data, saved["history"], test_tokens, out)
-        draw_rate_distortion(config, model, data, metrics, out)
-        export(model, data, tokens, test_tokens, out)
+    metrics = {"device": reason, "params": params, "seed": config.seed, "data": data.name, "kind": kind_of(config),
+               "train_seconds": saved["seconds"], "images_per_second": saved["step"] * config.batch / max(saved["seconds"], 1e-9)}
+    if part != "train":
+        model.load_state_dict(saved["model"])
+        metrics |= report(config, model.eval(), data, metrics, saved["history"], out)
         metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
         write_json(out / "metrics.json", metrics)
         print_report(metrics)

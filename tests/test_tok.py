@@ -313,7 +313,7 @@ def tiny(**changes):
     return nt.complete_config(nt.Config(**{f.name: f.default for f in nt.dataclasses.fields(nt.Config)} | base | changes), "all")
 
 
-KINDS = [dict(quantizer=q, layout=l) for q in ("vq", "rvq", "fsq", "lfq") for l in ("grid", "1d")]
+KINDS = [dict(quantizer=q, layout=l) for q in ("vq", "rvq", "fsq", "lfq") for l in ("grid", "1d")] + [dict(quantizer="vq", layout="1d", mixer="dense")]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
@@ -331,10 +331,41 @@ def test_training_forward_equals_encode_then_decode(kind):
     torch.testing.assert_close(last, model.decode(tokens))
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
-def test_every_prefix_decodes_and_ignores_the_tail(quantizer):
+def test_attention_of_a_block_equals_a_loop_in_float64():
     torch.manual_seed(0)
-    model = nt.Tokenizer(tiny(layout="1d", quantizer=quantizer)).eval()
+    block, x = nt.Block(32, inputs=3).double(), torch.randn(2, 5, 32, dtype=torch.double)
+    rows = []
+    for image in x:
+        h = nt.norm(image)
+        q, (k, v) = block.q(h), block.kv(h[:3]).chunk(2, -1)
+        for i in range(5):
+            parts = []
+            for head in (slice(0, 16), slice(16, 32)):
+                scores = torch.stack([nt.norm(q[i, head]) @ nt.norm(k[j, head]) / 2 for j in range(3)])
+                parts.append(sum(w * v[j, head] for j, w in enumerate(torch.softmax(scores, 0))))
+            rows.append(image[i] + block.proj(torch.cat(parts)))
+    torch.testing.assert_close(block(x).flatten(0, 1), torch.stack(rows))  # the mlp starts as zero
+
+
+def test_queries_read_a_set_of_inputs_and_no_output_reads_another():
+    """Inputs swapped together with their places change nothing; an output is the same whichever other queries stand beside it."""
+    torch.manual_seed(0)
+    queries, x = nt.Queries(6, 4, 16, blocks=2), torch.randn(2, 6, 16)
+    for block in queries.blocks:
+        nt.nn.init.normal_(block.down.weight, std=0.1)
+    y = queries(x)
+    assert y.shape == (2, 4, 16) and not torch.allclose(y[0], y[1])
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    other = nt.Queries(6, 2, 16, blocks=2)
+    other.load_state_dict(queries.state_dict() | {"places": torch.cat([queries.places[:6][order], queries.places[[9, 7]]])})
+    torch.testing.assert_close(other(x[:, order]), y[:, [3, 1]])
+
+
+@pytest.mark.parametrize("mixer", ["queries", "dense"])
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_every_prefix_decodes_and_ignores_the_tail(quantizer, mixer):
+    torch.manual_seed(0)
+    model = nt.Tokenizer(tiny(layout="1d", quantizer=quantizer, mixer=mixer)).eval()
     nt.nn.init.normal_(model.quantizer.codes) if quantizer == "vq" else None
     tokens = torch.randint(model.size, (3, 4))
     pictures = []
