@@ -1094,8 +1094,11 @@ def speed(config, run, batch):
     return milliseconds(once) / batch
 
 
-def evaluate(config, run, data):
-    """All metrics of the README, and the samples they were measured on -> metrics, tokens, images uint8 (N, 32, 32), labels (N,)."""
+def evaluate(config, run, data, sweep=()):
+    """All metrics of the README, and the samples they were measured on -> metrics, tokens, images uint8 (N, 32, 32), labels (N,).
+
+    sweep: other values of guidance, whose gfd, class_accuracy and diversity are reported too.
+    """
     tokenizer, model, pyramid, scales = run.tokenizer, run.generator, run.tokenizer.pyramid, sampling_scales(config)
     test = latents(tokenizer, data.test, run.device)
     metrics = tokenizer_metrics(tokenizer, data.test, test)
@@ -1114,6 +1117,11 @@ def evaluate(config, run, data):
     judge = train_judge(data.train, data.train_labels, data.classes, run.device, config.seed)
     real, real_labels = data.test[:config.samples], data.test_labels[:config.samples]
     metrics |= image_metrics(judge, images, labels, real, real_labels)
+    if sweep:
+        metrics["sweep"] = []
+        for guidance in sweep:
+            other = paint(tokenizer, draw(dataclasses.replace(config, guidance=guidance), run, labels), scales)
+            metrics["sweep"].append({"guidance": guidance} | image_metrics(judge, other, labels, real, real_labels))
     # floor and ceiling through the same function: as many training images as samples, untouched and through the tokenizer
     some = slice(0, config.samples)
     metrics["gfd_floor"] = image_metrics(judge, data.train[some], data.train_labels[some], real, real_labels)["gfd"]
@@ -1573,6 +1581,7 @@ def check(config, metrics):
 
 VARIANTS = {"raster": dict(order="raster"), "tokens": dict(order="tokens"), "scales": dict(order="scales"),
             "markov": dict(order="scales", mask="markov")}
+GUIDANCES = (1.0, 1.5, 2.0)
 
 
 def bench(config, device, dtype):
@@ -1594,51 +1603,63 @@ def compare(config, out):
     """Train all variants with the same encoder, backbone, images and steps, for --seeds seeds; print a table, draw compare.png.
 
     The pyramid's three variants share one tokenizer per seed. Each run has a folder OUT/NAME-SEED; with --resume finished runs
-    are not repeated.
+    are not repeated. Guidance is no fixed point of comparison, so every variant is measured at each value of GUIDANCES.
     """
     results = {name: [] for name in VARIANTS}
     for seed in range(config.seed, config.seed + config.seeds):
         for name, change in VARIANTS.items():
             folder = out / f"{name}-{seed}"
-            done = folder / "metrics.json"
-            if not (config.resume and done.exists()):
+            if not (config.resume and (folder / "metrics.json").exists()):
                 print(f"\n{name}, seed {seed}", flush=True)
-                shared = "" if name in ("raster", "tokens") else str(out / f"tokens-{seed}" / "best.pt")
+                tokenizer = "" if name in ("raster", "tokens") else str(out / f"tokens-{seed}" / "best.pt")
                 resume = config.resume and (folder / "last.pt").exists()
-                execute("all", dataclasses.replace(config, **change, seed=seed, out=str(folder), tokenizer=shared, resume=resume))
-            results[name].append(json.loads(done.read_text(encoding="utf-8")))
-    columns = {"gfd": ".2f", "rfd": ".2f", "class_accuracy": ".3f", "diversity": ".2f", "bits_per_image": ".0f", "rpsnr": ".1f",
-               "calls_per_image": ".0f", "ms_per_image_b1": ".0f", "ms_per_image_b64": ".1f"}
-
-    def cell(runs, key, form):
-        values = [m[key] for m in runs]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0  # standard error of the mean
-        return f"{statistics.fmean(values):{form}}" + (f" ± {error:{form}}" if error and not key.startswith(("calls", "ms")) else "")
-
-    print("\n" + f"{'':<8}" + "".join(f"{key.replace('_per_image', '').replace('class_', ''):>16}" for key in columns))
-    for name, runs in results.items():
-        print(f"{name:<8}" + "".join(f"{cell(runs, key, form):>16}" for key, form in columns.items()))
+                execute("all", dataclasses.replace(config, **change, seed=seed, out=str(folder), tokenizer=tokenizer, resume=resume),
+                        GUIDANCES)
+            results[name].append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
+    print_comparison(results)
     draw_comparison(results, out)
-    summary = {name: {key: statistics.fmean(m[key] for m in runs) for key in columns} for name, runs in results.items()}
     (out / "compare.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return summary
+    return results
+
+
+def mean_and_error(values, form):
+    """"mean ± standard error of the mean" as a text; one value has no error."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{error}"
+
+
+def print_comparison(results):
+    """One row per variant: what does not depend on guidance; then gFD and class accuracy at each guidance."""
+    columns = {"calls_per_image": ("calls", ".0f"), "ms_per_image_b1": ("ms alone", ".1f"), "ms_per_image_b64": ("ms of 64", ".2f"),
+               "bits_per_image": ("bits per image", ".1f"), "rpsnr": ("PSNR, dB", ".2f"), "rfd": ("ceiling rFD", ".2f")}
+    print("\n" + " " * 8 + "".join(f"{title:>16}" for title, _ in columns.values()))
+    for name, runs in results.items():
+        cells = [statistics.median(m[key] for m in runs) if "ms" in key or "calls" in key else [m[key] for m in runs] for key in columns]
+        texts = [mean_and_error(c, form) if isinstance(c, list) else f"{c:{form}}" for c, (_, form) in zip(cells, columns.values())]
+        print(f"{name:<8}" + "".join(f"{text:>16}" for text in texts))
+    for key, title, form in (("gfd", "gFD", ".2f"), ("class_accuracy", "class accuracy", ".3f"), ("diversity", "diversity", ".3f")):
+        print(f"\n{title} at guidance" + "".join(f"{g:>18}" for g in GUIDANCES))
+        for name, runs in results.items():
+            texts = [mean_and_error([m["sweep"][i][key] for m in runs], form) for i in range(len(GUIDANCES))]
+            print(f"{name:<{len(title) + 12}}" + "".join(f"{text:>18}" for text in texts))
 
 
 def draw_comparison(results, out):
-    """compare.png: quality against the calls it took, the nats of each map, and samples of every variant."""
+    """compare.png: quality against obedience over the guidance, the bits of each map, and samples of every variant."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 6.2), layout="constrained")
-    axes = figure.subplot_mosaic([["gfd", "bits"], *[[name, name] for name in results]], height_ratios=[3] + [1] * len(results))
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    axes = figure.subplot_mosaic([["quality", "bits"], *[[name, name] for name in results]], height_ratios=[4] + [1] * len(results))
     for i, (name, runs) in enumerate(results.items()):
-        axes["gfd"].scatter([m["ms_per_image_b1"] for m in runs], [m["gfd"] for m in runs], color=f"C{i}", label=name)
-        axes["gfd"].scatter([m["ms_per_image_b1"] for m in runs], [m["rfd"] for m in runs], color=f"C{i}", marker="_")
-        nats = np.mean([m["nats_per_map"] for m in runs], 0) / math.log(2)
-        axes["bits"].bar(i, nats[-1], color=f"C{i}", alpha=0.5)
-        axes["bits"].bar(i, nats[:-1].sum(), bottom=nats[-1], color=f"C{i}")
+        curves = np.array([[(s["class_accuracy"], s["gfd"]) for s in m["sweep"]] for m in runs])  # (seeds, guidances, 2)
+        axes["quality"].plot(*curves.mean(0).T, ".-", color=f"C{i}", label=name)
+        axes["quality"].scatter(*curves.reshape(-1, 2).T, s=6, color=f"C{i}", alpha=0.5)
+        bits = np.mean([m["nats_per_map"] for m in runs], 0) / math.log(2)
+        axes["bits"].bar(i, bits[-1], color=f"C{i}", alpha=0.5)
+        axes["bits"].bar(i, bits[:-1].sum(), bottom=bits[-1], color=f"C{i}")
         with np.load(out / f"{name}-{runs[0]['seed']}" / "samples.npz") as file:
-            show_images(axes[name], torch.from_numpy(file["images"][:20]), 20, name)
-    axes["gfd"].set(xscale="log", xlabel="ms per image, drawn alone", ylabel="gFD", title="dots: samples; dashes: the tokenizer alone")
-    axes["gfd"].legend()
+            show_images(axes[name], torch.from_numpy(file["images"][:20]), 20, f"{name}: {runs[0]['calls_per_image']} calls per image")
+    axes["quality"].set(xlabel="class accuracy", ylabel="gFD, lower is better", title=f"guidance {', '.join(map(str, GUIDANCES))}; dots: seeds")
+    axes["quality"].legend()
     axes["bits"].set(xticks=range(len(results)), xticklabels=list(results), ylabel="bits per image",
                      title="test likelihood; pale: the 8x8 map; raster codes other tokens")
     save_figure(figure, out / "compare.png")
@@ -1666,8 +1687,8 @@ def borrow_tokenizer(config):
     return state, adopt(config, saved, config.tokenizer, PRESETS[config.preset])
 
 
-def execute(part, config):
-    """One run: everything that `main` does after the command line is read."""
+def execute(part, config, sweep=()):
+    """One run: everything that `main` does after the command line is read. sweep: see `evaluate`."""
     began = time.time()
     config = complete_config(config)
     device, dtype, reason = pick_device(config.device, config.precision)
@@ -1706,7 +1727,7 @@ def execute(part, config):
     run.tokenizer.eval(), run.generator.eval()
     scales = sampling_scales(config)
     if part in ("all", "eval"):
-        measured, tokens, images, labels = evaluate(config, run, data)
+        measured, tokens, images, labels = evaluate(config, run, data, sweep)
         metrics |= measured
     if part == "sample":
         labels = torch.arange(min(config.samples, 8 * data.classes)) % data.classes

@@ -569,15 +569,17 @@ def test_a_borrowed_tokenizer_is_not_trained_again(trained, tmp_path):
 
 def test_compare(tmp_path, capsys):
     flags = ["compare", "--seeds", "2", "--tok-steps", "2", "--steps", "2", "--out", str(tmp_path), *TINY]
-    summary = nano_var.main(flags)
+    results = nano_var.main(flags)
     table = capsys.readouterr().out
-    assert set(summary) == {"raster", "tokens", "scales", "markov"} and summary["scales"]["calls_per_image"] == 4
-    assert (tmp_path / "compare.png").exists() and " ± " in table
-    results = json.loads((tmp_path / "compare.json").read_text())
-    assert summary["scales"]["gfd"] == pytest.approx(np.mean([m["gfd"] for m in results["scales"]]))
+    assert set(results) == {"raster", "tokens", "scales", "markov"} and [m["calls_per_image"] for m in results["scales"]] == [4, 4]
+    assert (tmp_path / "compare.png").exists() and json.loads((tmp_path / "compare.json").read_text()) == results
+    gfd = [m["sweep"][1]["gfd"] for m in results["tokens"]]  # guidance 1.5
+    text = f"{np.mean(gfd):.2f} ± {abs(gfd[0] - gfd[1]) / 2:.2f}"  # of two values: s = |a - b| / sqrt 2, over sqrt 2
+    assert text in table
+    assert results["scales"][0]["sweep"][2]["gfd"] == results["scales"][0]["gfd"]  # guidance 2 is the default
     shared = [weights(tmp_path / f"{name}-1")["model"]["tokenizer"] for name in ("tokens", "scales", "markov")]
     assert_same(shared[0], shared[1]), assert_same(shared[0], shared[2])
-    assert nano_var.main([*flags, "--resume"]) == summary  # nothing is trained twice
+    assert nano_var.main([*flags, "--resume"]) == results  # nothing is trained twice
     assert "seed" not in capsys.readouterr().out
 
 
