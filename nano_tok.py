@@ -1521,7 +1521,7 @@ def draw_codes(model, data, history, test_tokens, out):
         show_positions(axes[0, 1], model, test_tokens)
     column = lambda name: [h[name] for h in history]
     axes[0, 2].plot(column("step"), [100 * share for share in column("usage")], ".-", color="C1")
-    axes[0, 2].set(xlabel="step", ylim=(0, 105), title="validation")
+    axes[0, 2].set(xlabel="step", ylim=(0, 105), title="test images, in the course of training")
     axes[0, 2].set_ylabel("codes in use, %", color="C1")
     right = axes[0, 2].twinx()
     right.plot(column("step"), column("rpsnr"), "k.--")
@@ -1568,7 +1568,8 @@ def draw_rate_distortion(data, metrics, out):
     for kind, curve in sorted(curves.items()):
         axis.plot(*zip(*sorted(curve.items())), "o-", ms=7 if kind == metrics["kind"] else 4, label=kind)
     axis.axhline(metrics["mean_image_psnr"], color="black", lw=0.8, ls="--", label="the mean image, 0 bits")
-    axis.set(xscale="log", xlabel="bits per image (tokens without entropy coding)", ylabel="PSNR (dB)", title=data.name)
+    axis.set(xscale="log", ylim=(None, 36), title=data.name, ylabel="PSNR (dB)")
+    axis.set_xlabel("bits per image (tokens without entropy coding; left of its curve a codec cannot go)")
     axis.legend(fontsize=7)
     save_figure(figure, out / "rate_distortion.png")
 
