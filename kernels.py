@@ -24,20 +24,20 @@ support is a ValueError that says what to do.
     pytest tests/test_kernels.py           the kernels without a GPU: interpreted, and compiled for sm_80 and sm_90
 
 Each op in the same order: torch reference with its memory traffic, kernel, wrapper with checks, numerics and limits.
-Read `merge`, then `_fold`. Papers: online softmax (1805.02867), FlashAttention (2205.14135, 2307.08691),
-Flash-Decoding (Dao et al. 2023), Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781),
-speculative sampling (2211.17192, 2302.01318).
-Left out on purpose: dropout, paged caches, fp8; tensor descriptors and warp specialisation (faster on Hopper, but
-hard to read).
+Read `merge`, then `_fold`. Papers: online softmax (1805.02867), FlashAttention (2205.14135, 2307.08691), Flash-Decoding
+(Dao et al. 2023), Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling
+(2211.17192, 2302.01318). Left out on purpose: dropout, paged caches, fp8; tensor descriptors and warp specialisation
+(faster on Hopper, but hard to read).
 """
 
 import argparse
 import functools
+import itertools
 import math
 import os
+from collections import namedtuple
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,67 +53,10 @@ except ImportError:  # macOS, Windows: every op still runs, by its torch path
 
 INF, LOG2_E, LN_2 = float("inf"), math.log2(math.e), math.log(2)
 
-# --- which path runs --------------------------------------------------------------------------------------------------
-
-
-class Path(NamedTuple):
-    name: str  # "reference" (plain torch) or "triton"
-    reason: str
-
-
-class use:
-    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. Default: $NANO_KERNELS or "auto"."""
-
-    choice = os.environ.get("NANO_KERNELS", "auto")
-
-    def __init__(self, choice):
-        _check(choice in ("auto", "reference", "triton"), f'use({choice!r}): choose "auto", "reference" or "triton"')
-        self.before, use.choice = use.choice, choice
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        use.choice = self.before
-
-
-def interpreting():
-    """True where Triton was imported under TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly, for tests."""
-    return triton is not None and triton.knobs.runtime.interpret
-
-
-def path(x):
-    """Path(name, reason) that an op takes for `x` under the present `use`. ValueError if that is impossible."""
-    if use.choice == "reference":
-        return Path("reference", 'chosen by use("reference") or NANO_KERNELS=reference')
-    if torch.compiler.is_compiling() and use.choice == "auto":
-        return Path("reference", "inside torch.compile, which has attention kernels of its own")
-    if x.is_cuda and triton is not None:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        if major >= 8 or use.choice == "triton":
-            return Path("triton", f"CUDA tensor, sm_{major}{minor}")
-        return Path("reference", f"sm_{major}{minor} is older than sm_80, which the kernels are made for")
-    why = "Triton is not installed" if triton is None else f"tensor on {x.device.type}"
-    if use.choice == "triton":
-        _check(interpreting(), f'use("triton"): {why}; move it to a GPU, or set TRITON_INTERPRET=1 before the import')
-        return Path("triton", "CPU tensor, Triton's interpreter (slow, for tests)")
-    return Path("reference", why)
-
 
 def _check(ok, message):
     if not ok:
         raise ValueError(message)
-
-
-def _on_its_device(op):
-    """Triton launches on the current device: make that the device of the first argument."""
-
-    @functools.wraps(op)
-    def run(x, *args, **kwargs):
-        with torch.cuda.device_of(x):
-            return op(x, *args, **kwargs)
-
-    return run
 
 
 # --- the merge operator -----------------------------------------------------------------------------------------------
@@ -162,6 +105,9 @@ def _merge(m1, u1, w1, m2, u2, w2):
 
 # --- masks: every mask of the course is three lists of integers -------------------------------------------------------
 
+Rule = namedtuple("Rule", "start end col bounds per_sample")  # a mask inside a kernel; per_sample 0: one for the batch
+_arange = functools.partial(torch.arange, device="cpu")  # masks are built on the CPU, whatever the default device
+
 
 @dataclass(frozen=True, eq=False)
 class Mask:
@@ -181,6 +127,10 @@ class Mask:
     def shape(self):
         return self.row_start.shape[-1], self.col_end.shape[-1]
 
+    @property
+    def batch(self):
+        return max(len(self.row_start), len(self.col_end))
+
     def __and__(self, other):
         _check(self.shape == other.shape, f"cannot intersect masks of shapes {self.shape} and {other.shape}")
         start, end = torch.maximum(self.row_start, other.row_start), torch.minimum(self.row_end, other.row_end)
@@ -195,7 +145,7 @@ class Mask:
         """Boolean (1 or B, 1, N, M), True where query i sees key j."""
 
         def make():
-            i, j = torch.arange(self.shape[0])[:, None], torch.arange(self.shape[1])
+            i, j = _arange(self.shape[0])[:, None], _arange(self.shape[1])
             seen = (self.row_start[..., None] <= j) & (j < self.row_end[..., None]) & (i < self.col_end[:, None])
             return seen[:, None].to(device)
 
@@ -215,48 +165,34 @@ class Mask:
         (n, m), (start, end, col) = self.shape, (self.row_start, self.row_end, self.col_end)
         (start_min, start_max), (end_min, end_max) = _extremes(start, block_m), _extremes(end, block_m)
         col_min, col_max = (x[:, None] for x in _extremes(col, block_n))
-        i0, j0 = torch.arange(0, n, block_m)[:, None], torch.arange(0, m, block_n)
+        i0, j0 = _arange(0, n, block_m)[:, None], _arange(0, m, block_n)
         i1, j1 = i0 + block_m, j0 + block_n
         some = (start_min[..., None] < j1) & (end_max[..., None] > j0) & (col_max > i0)
         whole = (start_max[..., None] <= j0) & (end_min[..., None] >= j1) & (col_min >= i1) & (i1 <= n) & (j1 <= m)
         return _runs(some, whole, block_n), _runs(some.mT, whole.mT, block_m)
 
     def rule(self, device, block_m, block_n, by_keys):
-        """The mask as kernels take it, with the numbers `first` and `last` of `tiles`."""
+        """The mask as kernels take it, `first` and `last` of `tiles`, and whether col_end hides anything at all."""
 
         def make():
-            per_sample = max(len(self.row_start), len(self.col_end))
-            lists = (x.expand(per_sample, -1).contiguous() for x in (self.row_start, self.row_end, self.col_end))
+            lists = (x.expand(self.batch, -1).contiguous() for x in (self.row_start, self.row_end, self.col_end))
             bounds, first, last = self.tiles(block_m, block_n)[by_keys]
-            return Rule(*(x.to(device) for x in (*lists, bounds)), int(per_sample > 1)), first, last
+            rule = Rule(*(x.to(device) for x in (*lists, bounds)), int(self.batch > 1))
+            return rule, first, last, bool((self.col_end < self.shape[0]).any())
 
         return self.cached(make, "rule", str(device), block_m, block_n, by_keys)
-
-    @property
-    def by_column(self):
-        """Whether col_end hides anything (trees): kernels skip that comparison otherwise."""
-        return self.cached(lambda: bool((self.col_end < self.shape[0]).any()), "by_column")
-
-
-class Rule(NamedTuple):
-    start: torch.Tensor
-    end: torch.Tensor
-    col: torch.Tensor
-    bounds: torch.Tensor
-    per_sample: int  # 0: one mask serves the whole batch
 
 
 def _extremes(x, block):
     """Smallest and largest entry of each block of x (.., n), the last of which may be shorter -> two (.., blocks)."""
-    fill = (0, -x.shape[-1] % block)
-    low, high = (F.pad(x, fill, value=v).unflatten(-1, (-1, block)) for v in (2**31 - 1, -1))
+    low, high = (F.pad(x, (0, -x.shape[-1] % block), value=v).unflatten(-1, (-1, block)) for v in (2**31 - 1, -1))
     return low.amin(-1), high.amax(-1)
 
 
 def _runs(some, whole, block):
     """Flags per tile (.., rows, tiles) -> what `Mask.tiles` returns. Whole tiles count up to the first gap."""
     tiles = some.shape[-1]
-    t = torch.arange(tiles)
+    t = _arange(tiles)
     hi = torch.where(some, t + 1, 0).amax(-1)
     lo = torch.where(some, t, tiles).amin(-1).minimum(hi)
     full_lo = torch.where(whole, t, tiles).amin(-1)
@@ -269,18 +205,17 @@ def _runs(some, whole, block):
 
 
 def _mask(name, start, end, m, col_end=None):
-    start, end = torch.broadcast_tensors(torch.as_tensor(start), torch.as_tensor(end))
-    n = end.shape[-1]
-    col_end = torch.full((m,), n) if col_end is None else torch.as_tensor(col_end)
-    lists = ((start, m), (end, m), (col_end, n))
-    return Mask(*(x.clamp(0, top).int().reshape(-1, x.shape[-1]).contiguous() for x, top in lists), name)
+    """Row i sees start[i] <= j < end[i] of m keys; `end` may be a list for each sample."""
+    lists = start, end, col_end or [len(start)] * m
+    start, end, col_end = (torch.atleast_2d(torch.tensor(x, dtype=torch.int32, device="cpu")) for x in lists)
+    return Mask(start.clamp(0, m).expand_as(end), end.clamp(0, m), col_end, name)
 
 
 @functools.lru_cache(maxsize=256)
 def full(n, m=None):
     """Everything: n queries see all m (default n) keys. The same as mask=None."""
     m = n if m is None else m
-    return _mask("full", torch.zeros(n), torch.full((n,), m), m)
+    return _mask("full", [0] * n, [m] * n, m)
 
 
 @functools.lru_cache(maxsize=256)
@@ -294,7 +229,7 @@ def causal(n, m=None):
     """
     m = n if m is None else m
     _check(m >= n, f"causal({n}, {m}): needs at least as many keys as queries")
-    return _mask("causal", torch.zeros(n), torch.arange(n) + 1 + m - n, m)
+    return _mask("causal", [0] * n, list(range(m - n + 1, m + 1)), m)
 
 
 @functools.lru_cache(maxsize=256)
@@ -307,18 +242,16 @@ def window(n, w):
                   ..##
     """
     _check(w >= 1, f"window({n}, {w}): the window must hold at least the token itself")
-    return _mask("window", torch.arange(n) - w + 1, torch.arange(n) + 1, n)
+    return _mask("window", list(range(1 - w, n + 1 - w)), list(range(1, n + 1)), n)
 
 
 def scales(counts):
     """Next-scale prediction (VAR): a token sees all tokens of its own and earlier scales. counts: tokens per scale.
 
-    scales([1, 2, 3])  #.....
-                       ###...
-                       ###...
-                       ######
-                       ######
-                       ######
+    scales([1, 2, 1])  #...
+                       ###.
+                       ###.
+                       ####
     """
     return _scales("scales", tuple(counts), len(counts))
 
@@ -326,12 +259,10 @@ def scales(counts):
 def markov(counts, previous=0):
     """Scales with a short memory (HMAR, M-VAR): a token sees its own scale and `previous` scales before it.
 
-    markov([1, 2, 3])  #.....        markov([1, 2, 3], previous=1)  #.....
-                       .##...                                       ###...
-                       .##...                                       ###...
-                       ...###                                       .#####
-                       ...###                                       .#####
-                       ...###                                       .#####
+    markov([1, 2, 1])  #...      markov([1, 2, 1], previous=1)  #...
+                       .##.                                     ###.
+                       .##.                                     ###.
+                       ...#                                     .###
     """
     return _scales("markov", tuple(counts), previous)
 
@@ -339,26 +270,24 @@ def markov(counts, previous=0):
 @functools.lru_cache(maxsize=256)
 def _scales(name, counts, previous):
     _check(counts and min(counts) > 0, f"{name}({list(counts)}): every scale needs a positive number of tokens")
-    count, k = torch.tensor(counts), torch.arange(len(counts))
-    end = count.cumsum(0)
-    start = (end - count)[(k - previous).clamp(min=0)]
-    return _mask(name, start.repeat_interleave(count), end.repeat_interleave(count), sum(counts))
+    edges = [0, *itertools.accumulate(counts)]  # scale k holds the tokens edges[k] .. edges[k + 1]
+    scale = [k for k, count in enumerate(counts) for _ in range(count)]
+    return _mask(name, [edges[max(k - previous, 0)] for k in scale], [edges[k + 1] for k in scale], edges[-1])
 
 
 def tree(parents, prefix=0):
-    """Drafted tokens as a tree (SpecInfer): a node sees the prefix, its ancestors and itself.
+    r"""Drafted tokens as a tree (SpecInfer): a node sees the prefix, its ancestors and itself.
 
     parents[i]: parent of node i, -1 for a root. Nodes are numbered depth first (pre-order), so that a subtree is a run
     of columns and the N x N mask is one integer per column.
 
-    tree([-1, 0, 1, 0])   0      #...
-                         / \\     ##..
-                        1   3    ###.
-                        |        #..#
-                        2
+    tree([-1, 0, 1, 0])    0       #...
+                          / \      ##..
+                         1   3     ###.
+                         2         #..#
     """
-    parents, ancestors = [int(x) for x in parents], []
-    end = list(range(1, len(parents) + 1))  # one past the subtree of each node
+    n, ancestors = len(parents), []
+    end = list(range(1, n + 1))  # one past the subtree of each node
     for i, parent in enumerate(parents):
         while ancestors and ancestors[-1] != parent:
             ancestors.pop()
@@ -367,8 +296,7 @@ def tree(parents, prefix=0):
         ancestors.append(i)
         for node in ancestors:
             end[node] = i + 1
-    n = len(parents)
-    return _mask("tree", torch.zeros(n), torch.arange(n) + 1 + prefix, prefix + n, [n] * prefix + end)
+    return _mask("tree", [0] * n, list(range(prefix + 1, prefix + n + 1)), prefix + n, [n] * prefix + end)
 
 
 def padding(lengths, n, m=None):
@@ -378,9 +306,9 @@ def padding(lengths, n, m=None):
                         ##.   ###
                         ##.   ###
     """
-    lengths, m = torch.as_tensor(lengths).cpu().reshape(-1, 1), n if m is None else m
-    _check(bool((lengths <= m).all()), f"padding: length {int(lengths.max())} exceeds the {m} keys")
-    return _mask("padding", torch.zeros(len(lengths), n), lengths.expand(-1, n), m)
+    lengths, m = torch.as_tensor(lengths, device="cpu").flatten().tolist(), n if m is None else m
+    _check(max(lengths) <= m, f"padding: length {max(lengths)} exceeds the {m} keys")
+    return _mask("padding", [0] * n, [[length] * n for length in lengths], m)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -413,60 +341,56 @@ def _attention_torch(q, k, v, mask, scale):
         if no_empty_rows and 32**2 <= q.shape[2] * k.shape[2] <= 256**2:
             scores = (q * scale) @ k.mT
             if name != "full":
-                bias = lambda: torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask.dense()[0, 0], -INF)  # noqa: E731
-                scores = scores + mask.cached(bias, dtype)
+                scores = scores + mask.cached(lambda: mask.dense()[0, 0].to(dtype).log(), dtype)  # 0 or -inf
             return scores.softmax(-1) @ v  # softmax sums in float32 whatever the dtype
         q, k, v = q.float(), k.float(), v.float()
-    how = {"attn_mask": mask.dense(q.device)} if name != "full" else {}
-    if name == "causal" and q.shape[2] == k.shape[2]:
-        how = {"is_causal": True}
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, **how).to(dtype)
+    lower = name == "causal" and q.shape[2] == k.shape[2]
+    dense = None if lower or name == "full" else mask.dense(q.device)
+    return F.scaled_dot_product_attention(q, k, v, dense, is_causal=lower, scale=scale).to(dtype)
 
 
-class View(NamedTuple):
-    """A (batch, head, row, dim) tensor inside a kernel: any strides."""
-
-    ptr: torch.Tensor
-    batch: int
-    head: int
-    row: int
-    dim: int
+View = namedtuple("View", "ptr batch head row dim")  # a (batch, head, row, dim) tensor in a kernel, with its strides
+# What an attention kernel is compiled for: query heads a key head; head size D, and the power of two that holds it;
+# queries and keys of a tile; how float32 is multiplied; has the mask column ends; which runs of tiles (`Mask.tiles`)
+Consts = namedtuple("Consts", "GROUP D BLOCK_D BLOCK_M BLOCK_N PRECISION COLS FIRST LAST")
 
 
 def _view(x):
-    return View(x, *x.stride())
+    return View(x, *x.stride()) if x.dim() == 4 else x
 
 
 @jit
-def _load(x, b, h, rows, dims, n, D, CHECK):
-    """Tile (rows, dims) of head h of sample b; 0 outside its n x D matrix. CHECK False: the rows are inside."""
-    at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + dims[None, :] * x.dim
-    if CHECK or dims.shape[0] != D:
-        return tl.load(at, mask=(rows[:, None] < n) & (dims[None, :] < D), other=0.0)
+def _load(x, b, h, rows, n, C, CHECK):
+    """Tile of the given rows of head h of sample b; 0 outside its n x D matrix. CHECK False: the rows are inside."""
+    d = tl.arange(0, C.BLOCK_D)
+    at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + d[None, :] * x.dim
+    if CHECK or C.BLOCK_D != C.D:
+        return tl.load(at, mask=(rows[:, None] < n) & (d[None, :] < C.D), other=0.0)
     return tl.load(at)
 
 
 @jit
-def _store(x, tile, b, h, rows, dims, n, D):
-    at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + dims[None, :] * x.dim
-    tl.store(at, tile.to(x.ptr.dtype.element_ty), mask=(rows[:, None] < n) & (dims[None, :] < D))
+def _store(x, tile, b, h, rows, n, C):
+    d = tl.arange(0, C.BLOCK_D)
+    at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + d[None, :] * x.dim
+    tl.store(at, tile.to(x.ptr.dtype.element_ty), mask=(rows[:, None] < n) & (d[None, :] < C.D))
 
 
 @jit
-def _seen(i, start, end, j, col, COLS):
+def _seen(i, start, end, j, col, C):
     """The mask of one tile, from integers; i, start, end broadcast against j, col."""
     seen = (start <= j) & (j < end)
-    if COLS:
+    if C.COLS:
         seen = seen & (i < col)
     return seen
 
 
 @jit
-def _queries(rule, N, M, BLOCK_M):
+def _queries(rule, N, M, C):
     """What a program of the two query-wise kernels works on: sample, head, rows, their mask, their tile bounds."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most under a causal mask: they start first
     h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # batch x heads x rows x size exceeds 32 bits
-    i, sample = tile * BLOCK_M + tl.arange(0, BLOCK_M), b * rule.per_sample
+    i, sample = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), b * rule.per_sample
     start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)
     end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)  # rows beyond N: start = end = 0, they see nothing
     bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
@@ -474,123 +398,96 @@ def _queries(rule, N, M, BLOCK_M):
 
 
 @jit
-def _fold(m, u, w, q, k, v, b, h, rows, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, MASKED):
+def _fold(m, u, w, q, k, v, b, h, rows, lo, hi, M, scale, C, MASKED):
     """Merge the key tiles lo..hi into the summaries of a tile of queries. This loop is flash attention."""
     i, start, end, col = rows
-    d = tl.arange(0, w.shape[1])
-    for j0 in range(lo, hi, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        s = tl.dot(q, tl.trans(_load(k, b, h, j, d, M, D, MASKED)), input_precision=PRECISION)
+    for j0 in range(lo, hi, C.BLOCK_N):
+        j = j0 + tl.arange(0, C.BLOCK_N)
+        s = tl.dot(q, tl.trans(_load(k, b, h, j, M, C, MASKED)), input_precision=C.PRECISION)
         if MASKED:
-            c = tl.load(col + j, mask=j < M, other=0) if COLS else j
-            s = tl.where(_seen(i, start, end, j[None, :], c[None, :], COLS), s, float("-inf"))
+            c = tl.load(col + j, mask=j < M, other=0) if C.COLS else j
+            s = tl.where(_seen(i, start, end, j[None, :], c[None, :], C), s, float("-inf"))
         # `merge`, only that the tile's own u' = sum(p) and w' = p v come out relative to the common maximum at once
         m_new = tl.maximum(m, tl.max(s, 1) * scale)
         shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
         p, old = tl.exp2(s * scale - shift[:, None]), tl.exp2(m - shift)
-        values = _load(v, b, h, j, d, M, D, MASKED)
-        w = tl.dot(p.to(values.dtype), values, w * old[:, None], input_precision=PRECISION)
+        values = _load(v, b, h, j, M, C, MASKED)
+        w = tl.dot(p.to(values.dtype), values, w * old[:, None], input_precision=C.PRECISION)
         m, u = m_new, u * old + tl.sum(p, 1)
     return m, u, w
 
 
 @jit
-def _attention_forward(q, k, v, o, lse, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                       BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-                       COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_forward(q, k, v, o, lse, rule, N, M, scale, C: tl.constexpr):
     """Grid (query tiles, heads, batch). scale holds log2 e."""
-    b, h, i, rows, bounds = _queries(rule, N, M, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    b, h, i, rows, bounds = _queries(rule, N, M, C)
+    queries = _load(q, b, h, i, N, C, True)
     # 1. the empty summary
-    m, u = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    w = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m, u = tl.full(i.shape, float("-inf"), tl.float32), tl.zeros(i.shape, tl.float32)
+    w = tl.zeros(queries.shape, tl.float32)
     # 2. all key tiles that somebody sees: a partly masked run, a whole one without any comparison, a partly masked one
-    queries = _load(q, b, h, i, d, N, D, True)
-    for run in tl.static_range(FIRST, LAST):
+    for run in tl.static_range(C.FIRST, C.LAST):
         lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        m, u, w = _fold(m, u, w, queries, k, v, b, h // GROUP, rows, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION,
-                        run != 1)  # fmt: skip
+        m, u, w = _fold(m, u, w, queries, k, v, b, h // C.GROUP, rows, lo, hi, M, scale, C, run != 1)
     # 3. finish; a query that saw nothing has u = 0 and gives 0
-    _store(o, w / tl.where(u == 0, 1.0, u)[:, None], b, h, i, d, N, D)
+    _store(o, w / tl.where(u == 0, 1.0, u)[:, None], b, h, i, N, C)
     tl.store(lse + (b * tl.num_programs(1) + h) * N + i, m + tl.log2(u), mask=i < N)  # in base 2, as backward wants it
 
 
 @jit
-def _fold_dq(dq, q, do, k, v, b, h, rows, lse, delta, lo, hi, M, scale, D, BLOCK_N, COLS, PRECISION, MASKED):
-    i, start, end, col = rows
-    d = tl.arange(0, dq.shape[1])
-    for j0 in range(lo, hi, BLOCK_N):
-        j = j0 + tl.arange(0, BLOCK_N)
-        keys = _load(k, b, h, j, d, M, D, MASKED)
-        p = tl.exp2(tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale - lse[:, None])
-        if MASKED:
-            c = tl.load(col + j, mask=j < M, other=0) if COLS else j
-            p = tl.where(_seen(i, start, end, j[None, :], c[None, :], COLS), p, 0.0)
-        dp = tl.dot(do, tl.trans(_load(v, b, h, j, d, M, D, MASKED)), input_precision=PRECISION)
-        dq = tl.dot((p * (dp - delta[:, None])).to(keys.dtype), keys, dq, input_precision=PRECISION)
-    return dq
-
-
-@jit
-def _attention_dq(q, k, v, o, do, dq, lse, delta, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr,
-                  LAST: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_dq(q, k, v, o, do, dq, lse, delta, rule, N, M, scale, C: tl.constexpr):
     """Grid (query tiles, heads, batch). With p = e^(s - lse) recomputed, dp = do v^T and delta = rowsum(do o):
     ds = p (dp - delta), dq = scale ds k. Stores delta for _attention_dkv, which runs after it."""
-    b, h, i, rows, bounds = _queries(rule, N, M, BLOCK_M)
-    d, row = tl.arange(0, BLOCK_D), (b * tl.num_programs(1) + h) * N + i
-    queries, grads = _load(q, b, h, i, d, N, D, True), _load(do, b, h, i, d, N, D, True)
-    rowsum = tl.sum(grads.to(tl.float32) * _load(o, b, h, i, d, N, D, True).to(tl.float32), 1)
-    tl.store(delta + row, rowsum, mask=i < N)
-    row_lse, acc = tl.load(lse + row, mask=i < N, other=0.0), tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for run in tl.static_range(FIRST, LAST):
-        lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        acc = _fold_dq(acc, queries, grads, k, v, b, h // GROUP, rows, row_lse, rowsum, lo, hi, M, scale,
-                       D, BLOCK_N, COLS, PRECISION, run != 1)  # fmt: skip
-    _store(dq, acc * (scale * 0.6931471805599453), b, h, i, d, N, D)  # ln 2 takes the log2 e out of scale again
+    b, h, i, rows, bounds = _queries(rule, N, M, C)
+    row, start, end, col = rows
+    at = (b * tl.num_programs(1) + h) * N + i
+    queries, grads, out = _load(q, b, h, i, N, C, True), _load(do, b, h, i, N, C, True), _load(o, b, h, i, N, C, True)
+    rowsum = tl.sum(grads.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta + at, rowsum, mask=i < N)
+    row_lse, acc = tl.load(lse + at, mask=i < N, other=0.0), tl.zeros(queries.shape, tl.float32)
+    for run in tl.static_range(C.FIRST, C.LAST):
+        for j0 in range(tl.load(bounds + run), tl.load(bounds + run + 1), C.BLOCK_N):
+            j = j0 + tl.arange(0, C.BLOCK_N)
+            keys = _load(k, b, h // C.GROUP, j, M, C, run != 1)
+            p = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=C.PRECISION) * scale - row_lse[:, None])
+            if run != 1:
+                c = tl.load(col + j, mask=j < M, other=0) if C.COLS else j
+                p = tl.where(_seen(row, start, end, j[None, :], c[None, :], C), p, 0.0)
+            values = _load(v, b, h // C.GROUP, j, M, C, run != 1)
+            ds = p * (tl.dot(grads, tl.trans(values), input_precision=C.PRECISION) - rowsum[:, None])
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=C.PRECISION)
+    _store(dq, acc * (scale * 0.6931471805599453), b, h, i, N, C)  # ln 2 takes the log2 e out of scale again
 
 
 @jit
-def _fold_dkv(dk, dv, k, v, q, do, b, h, j, col, rule, lse, delta, lo, hi, N, scale, D, BLOCK_M, COLS, PRECISION,
-              MASKED):  # fmt: skip
-    d, sample = tl.arange(0, dk.shape[1]), b * rule.per_sample
-    for i0 in range(lo, hi, BLOCK_M):
-        i = i0 + tl.arange(0, BLOCK_M)
-        queries, row_lse = _load(q, b, h, i, d, N, D, MASKED), tl.load(lse + i, mask=i < N, other=0.0)
-        s = tl.dot(k, tl.trans(queries), input_precision=PRECISION)  # transposed: (keys, queries)
-        p = tl.exp2(s * scale - row_lse[None, :])
-        if MASKED:
-            start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)[None, :]
-            end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)[None, :]
-            p = tl.where(_seen(i[None, :], start, end, j[:, None], col[:, None], COLS), p, 0.0)
-        grads, row_delta = _load(do, b, h, i, d, N, D, MASKED), tl.load(delta + i, mask=i < N, other=0.0)
-        dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(grads), input_precision=PRECISION) - row_delta[None, :])
-        dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@jit
-def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, GROUP: tl.constexpr, D: tl.constexpr,
-                   BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FIRST: tl.constexpr,
-                   LAST: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, C: tl.constexpr):
     """Grid (key tiles, key heads, batch). dv = p^T do, dk = scale ds^T q, summed here over the query heads of the
     group: no atomics, so the result does not depend on the order in which programs run."""
     tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    j, d, sample = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), b * rule.per_sample
-    keys, values = _load(k, b, h, j, d, M, D, True), _load(v, b, h, j, d, M, D, True)
-    col = tl.load(rule.col + sample * M + j, mask=j < M, other=0)
+    j, sample = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N), b * rule.per_sample
+    keys, values = _load(k, b, h, j, M, C, True), _load(v, b, h, j, M, C, True)
+    col = tl.load(rule.col + sample * M + j, mask=j < M, other=0)[:, None]
     bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
-    acc_k, acc_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32), tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for g in range(GROUP):
-        head = h * GROUP + g
-        row = (b * tl.num_programs(1) * GROUP + head) * N
-        for run in tl.static_range(FIRST, LAST):
-            lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-            acc_k, acc_v = _fold_dkv(acc_k, acc_v, keys, values, q, do, b, head, j, col, rule, lse + row, delta + row,
-                                     lo, hi, N, scale, D, BLOCK_M, COLS, PRECISION, run != 1)  # fmt: skip
-    _store(dk, acc_k * (scale * 0.6931471805599453), b, h, j, d, M, D)
-    _store(dv, acc_v, b, h, j, d, M, D)
+    acc_k, acc_v = tl.zeros(keys.shape, tl.float32), tl.zeros(keys.shape, tl.float32)
+    for g in range(C.GROUP):
+        head = h * C.GROUP + g
+        row = (b * tl.num_programs(1) * C.GROUP + head) * N
+        for run in tl.static_range(C.FIRST, C.LAST):
+            for i0 in range(tl.load(bounds + run), tl.load(bounds + run + 1), C.BLOCK_M):
+                i = i0 + tl.arange(0, C.BLOCK_M)
+                queries, row_lse = _load(q, b, head, i, N, C, run != 1), tl.load(lse + row + i, mask=i < N, other=0.0)
+                s = tl.dot(keys, tl.trans(queries), input_precision=C.PRECISION)  # transposed: (keys, queries)
+                p = tl.exp2(s * scale - row_lse[None, :])
+                if run != 1:
+                    start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)[None, :]
+                    end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)[None, :]
+                    p = tl.where(_seen(i[None, :], start, end, j[:, None], col, C), p, 0.0)
+                grads, rowsum = _load(do, b, head, i, N, C, run != 1), tl.load(delta + row + i, mask=i < N, other=0.0)
+                acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=C.PRECISION)
+                ds = p * (tl.dot(values, tl.trans(grads), input_precision=C.PRECISION) - rowsum[None, :])
+                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=C.PRECISION)
+    _store(dk, acc_k * (scale * 0.6931471805599453), b, h, j, M, C)
+    _store(dv, acc_v, b, h, j, M, C)
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) by head size, for 16-bit inputs. "sm_90" is Hopper, with 227 KB of shared
@@ -624,42 +521,47 @@ def _padded(n):
     return max(16, 1 << (n - 1).bit_length())  # tl.arange wants a power of two, tl.dot at least 16
 
 
-def _precision(x):
-    return "tf32x3" if x.dtype == torch.float32 else "tf32"  # 16-bit inputs ignore it
+def _consts(q, k, block_m, block_n, cols=False, first=0, last=3):
+    group, D, precision = q.shape[1] // k.shape[1], q.shape[-1], "tf32x3" if q.dtype == torch.float32 else "tf32"
+    return Consts(*map(tl.constexpr, (group, D, _padded(D), block_m, block_n, precision, cols, first, last)))
 
 
-def _launch(kernel, name, tensors, q, k, mask, scale):
-    """`tensors`: the leading arguments of the kernel; 4-D ones are passed with their strides."""
-    (B, H, N, D), (Hkv, M) = q.shape, k.shape[1:3]
+def _launch(x, kernel, grid, *args, **constants):
+    """Triton launches on the current device: make that the one of x."""
+    _check(max(grid[1:], default=0) < 2**16, f"{kernel.__name__}: grid {grid}: split batch and heads below 65536 each")
+    with torch.cuda.device_of(x):
+        kernel[grid](*args, **constants)
+
+
+def _launch_attention(kernel, name, q, k, v, *tensors, mask, scale):
+    (B, H, N, _), (Hkv, M) = q.shape, k.shape[1:3]
     block_m, block_n, warps, stages = _tiles(name, q)
-    rule, first, last = mask.rule(q.device, block_m, block_n, name == "dkv")
-    grid = (rule.bounds.shape[1], Hkv if name == "dkv" else H, B)
-    tensors = [_view(x) if x.dim() == 4 else x for x in tensors]
-    kernel[grid](*tensors, rule, N, M, scale * LOG2_E, GROUP=H // Hkv, D=D, BLOCK_D=_padded(D), BLOCK_M=block_m,
-                 BLOCK_N=block_n, FIRST=first, LAST=last, COLS=mask.by_column, PRECISION=_precision(q),
-                 num_warps=warps, num_stages=stages)  # fmt: skip
+    rule, first, last, cols = mask.rule(q.device, block_m, block_n, name == "dkv")
+    grid, tensors = (rule.bounds.shape[1], Hkv if name == "dkv" else H, B), [_view(x) for x in (q, k, v, *tensors)]
+    consts = _consts(q, k, block_m, block_n, cols, first, last)
+    _launch(q, kernel, grid, *tensors, rule, N, M, scale * LOG2_E, consts, num_warps=warps, num_stages=stages)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
         o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
-        _launch(_attention_forward, "forward", (q, k, v, o, lse), q, k, mask, scale)
+        _launch_attention(_attention_forward, "forward", q, k, v, o, lse, mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.how = {"mask": mask, "scale": scale}
         ctx.mark_non_differentiable(lse)
         return o, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently zero
     def backward(ctx, do, _):
         q, k, v, o, lse = ctx.saved_tensors
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-        _launch(_attention_dq, "dq", (q, k, v, o, do, dq, lse, delta), q, k, ctx.mask, ctx.scale)
-        _launch(_attention_dkv, "dkv", (q, k, v, do, dk, dv, lse, delta), q, k, ctx.mask, ctx.scale)
+        _launch_attention(_attention_dq, "dq", q, k, v, o, do, dq, lse, delta, **ctx.how)
+        _launch_attention(_attention_dkv, "dkv", q, k, v, do, dk, dv, lse, delta, **ctx.how)
         return dq, dk, dv, None, None
 
 
-@_on_its_device
 def attention(q, k, v, mask=None, scale=None, return_lse=False):
     """Masked attention with gradients. q (B, H, N, D), k and v (B, Hkv, M, D), Hkv divides H; mask: a Mask or None.
 
@@ -668,7 +570,8 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
     dtype, on a CPU to float32.
     Numerics: scores, softmax and sums in float32, the weights rounded to v's dtype before the second product; float32
     inputs are multiplied as three tf32 products.
-    Kernel limits: float32, bf16, fp16; D <= 128, padded inside to a power of two; a head spans < 2^31 elements.
+    Kernel limits: float32, bf16, fp16; D <= 128, padded inside to a power of two; a head spans < 2^31 elements; at
+    most 65535 samples and heads; no second derivatives.
 
     >>> x = torch.randn(1, 2, 5, 16)
     >>> torch.allclose(attention(x, x, x, causal(5))[:, :, 0], x[:, :, 0])          # the first token sees only itself
@@ -677,19 +580,15 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
     device = q.device.type
     if torch.is_autocast_enabled(device):
         q, k, v = (x.to(torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)) for x in (q, k, v))
-    _check_attention("attention", q, k, v, scale)
-    N, M = q.shape[2], k.shape[2]
+    scale = _check_attention("attention", q, k, v, scale)
+    (B, _, N, _), M = q.shape, k.shape[2]
     mask = full(N, M) if mask is None else mask
     _check(isinstance(mask, Mask), "attention: mask must come from causal(), scales(), ...; None is full attention")
     _check(mask.shape == (N, M), f"attention: mask {mask.name} is {mask.shape}, but there are {N} queries and {M} keys")
-    batch = max(len(mask.row_start), len(mask.col_end))
-    _check(batch in (1, len(q)), f"attention: mask {mask.name} is for a batch of {batch}, q holds {len(q)}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    _check(mask.batch in (1, B), f"attention: mask {mask.name} is for a batch of {mask.batch}, q holds {B}")
     with torch.autocast(device, enabled=False):
         if path(q).name == "triton":
-            _check_kernel("attention", q, k, v)
-            x = [x.float() if interpreting() else x for x in (q, k, v)]  # the interpreter gets bf16 wrong, silently
-            out, lse = _Attention.apply(*x, mask, scale)
+            out, lse = _Attention.apply(*_for_kernel("attention", q, k, v), mask, scale)
             out, lse = out.to(q.dtype), lse * LN_2
         elif return_lse:
             out, lse = attention_reference(q, k, v, mask, scale)
@@ -703,62 +602,61 @@ def _check_attention(op, q, k, v, scale):
     _check(q.dim() == k.dim() == v.dim() == 4, f"{op}: q {Q}, k {K}, v {V} must be (batch, heads, length, head size)")
     _check(K == V, f"{op}: k {K} and v {V} must have one shape; pad the smaller head size")
     _check(K[0] == Q[0] and K[3] == Q[3], f"{op}: q {Q} and k {K} must agree in batch and head size")
-    _check(Q[1] % K[1] == 0, f"{op}: {Q[1]} query heads cannot share {K[1]} key heads; take a multiple of them")
     _check(q.numel() > 0 and k.numel() > 0, f"{op}: q {Q} or k {K} is empty")
+    _check(Q[1] % K[1] == 0, f"{op}: {Q[1]} query heads cannot share {K[1]} key heads; take a multiple of them")
     _check(q.dtype == k.dtype == v.dtype, f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
     _check(q.device == k.device == v.device, f"{op}: q, k, v are on {q.device}, {k.device}, {v.device}; move them")
-    number = scale is None or isinstance(scale, (int, float)) and scale > 0
-    _check(number, f"{op}: scale {scale} must be a positive number; multiply q by any other scale")
+    scale = Q[3] ** -0.5 if scale is None else scale
+    positive = isinstance(scale, (int, float)) and scale > 0
+    _check(positive, f"{op}: scale {scale} must be a positive number; multiply q by any other scale")
+    return scale
 
 
-def _check_kernel(op, *tensors):
+def _for_kernel(op, *tensors):
+    """Check what the kernels cannot do; the interpreter gets float32, because it computes bf16 wrongly, silently."""
     for x in tensors:
         known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         _check(known, f'{op}: no kernel for {x.dtype}; cast to float32, or use("reference")')
         _check(x.shape[-1] <= 128, f'{op}: no kernel for head size {x.shape[-1]} > 128; use("reference")')
         span = sum((n - 1) * stride for n, stride in zip(x.shape[2:], x.stride()[2:]))
         _check(span < 2**31, f"{op}: one head spans {span} elements, 2^31 is the limit; make the tensor contiguous")
+    return [x.float() if interpreting() else x for x in tensors]
 
 
 # --- decode_attention -------------------------------------------------------------------------------------------------
 
 
 def decode_reference(q, k_cache, v_cache, lengths, scale=None, causal=True):
-    """Row by row: `attention_reference` on the filled part of each cache row.
+    """`attention_reference` with a mask for what each row of the cache holds, and each new token may see.
 
     Traffic: every cached key and value is read once, 2 S D elements a head, for a handful of queries: memory is the
     limit, not arithmetic.
     """
-    (B, _, R, _), out = q.shape, torch.empty_like(q)
-    for b, n in enumerate(torch.as_tensor(lengths).expand(B).tolist()):
-        mask = _mask("decode", torch.zeros(R), torch.arange(n - R + 1, n + 1) if causal else torch.full((R,), n), n)
-        one = slice(b, b + 1)
-        out[one] = attention_reference(q[one], k_cache[one, :, :n], v_cache[one, :, :n], mask, scale)[0]
-    return out
+    (B, _, R, _), lengths = q.shape, torch.as_tensor(lengths).expand(len(q)).tolist()
+    end = [[n - (R - 1 - r if causal else 0) for r in range(R)] for n in lengths]
+    return attention_reference(q, k_cache, v_cache, _mask("decode", [0] * R, end, k_cache.shape[2]), scale)[0]
 
 
 @jit
-def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, scale, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-                   D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-                   PRECISION: tl.constexpr):  # fmt: skip
+def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, S, scale, CAUSAL: tl.constexpr, C: tl.constexpr):
     """Grid (chunks, key heads, batch): the summary of one chunk of a cache row, for all queries that share the head."""
     chunk, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    x, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
-    head, token, used = h * GROUP + x // R, x % R, x < GROUP * R  # row x of the tile: a head of the group, a new token
-    length = tl.load(lengths + b)
+    x, d = tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_D)
+    head, token, used = h * C.GROUP + x // R, x % R, x < C.GROUP * R  # row x of the tile: a head of the group, a token
+    length = tl.minimum(tl.load(lengths + b), S)
     end = tl.where(used, length - (R - 1 - token) if CAUSAL else length, 0)
-    size = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), BLOCK_N) * BLOCK_N  # equal parts of what this row really holds
+    size = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), C.BLOCK_N) * C.BLOCK_N  # equal parts of what this row holds
     lo, hi = chunk * size, tl.minimum(chunk * size + size, length)
     at = b * q.batch + head[:, None] * q.head + token[:, None] * q.row + d[None, :] * q.dim
-    queries = tl.load(q.ptr + at, mask=used[:, None] & (d[None, :] < D), other=0.0)
-    m, u = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    w = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    queries = tl.load(q.ptr + at, mask=used[:, None] & (d[None, :] < C.D), other=0.0)
+    m, u = tl.full(x.shape, float("-inf"), tl.float32), tl.zeros(x.shape, tl.float32)
+    w = tl.zeros(queries.shape, tl.float32)
     rows = (x[:, None], x[:, None] * 0, end[:, None], lengths)
-    m, u, w = _fold(m, u, w, queries, k, v, b, h, rows, lo, hi, length, scale, D, BLOCK_N, False, PRECISION, True)
-    row = ((b * tl.num_programs(1) * GROUP + head) * R + token) * tl.num_programs(0) + chunk
+    m, u, w = _fold(m, u, w, queries, k, v, b, h, rows, lo, hi, length, scale, C, True)
+    row = ((b * tl.num_programs(1) * C.GROUP + head) * R + token) * tl.num_programs(0) + chunk
     tl.store(part_m + row, m, mask=used)
     tl.store(part_u + row, u, mask=used)
-    tl.store(part_w + row[:, None] * D + d[None, :], w, mask=used[:, None] & (d[None, :] < D))
+    tl.store(part_w + row[:, None] * C.D + d[None, :], w, mask=used[:, None] & (d[None, :] < C.D))
 
 
 @jit
@@ -779,15 +677,12 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     processors = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 4
     wanted = -(-16 * processors // (B * Hkv))  # sixteen programs a multiprocessor: several at once, a short last wave
     chunks = max(1, min(wanted, -(-S // (4 * block_n))))
-    part_m, part_u, part_w = (torch.empty(B, H, R, chunks, *tail, device=device) for tail in ((), (), (D,)))
-    o = torch.empty(B, H, R, D, dtype=q.dtype, device=device)
-    _decode_chunks[(chunks, Hkv, B)](
-        _view(q), _view(k), _view(v), part_m, part_u, part_w, lengths, R, scale * LOG2_E, GROUP=H // Hkv, CAUSAL=causal,
-        D=D, BLOCK_D=_padded(D), ROWS=rows, BLOCK_N=block_n, PRECISION=_precision(q),
-        num_warps=4 if rows <= 16 else 8, num_stages=3,
-    )  # fmt: skip
-    _decode_merge[(B * H * R,)](part_m, part_u, part_w, o, chunks, D=D, BLOCK_D=_padded(D), num_warps=1)
-    return o
+    part_m, part_u, part_w = (torch.empty(B * H * R, chunks, *tail, device=device) for tail in ((), (), (D,)))
+    o = torch.empty(B * H * R, D, dtype=q.dtype, device=device)
+    _launch(q, _decode_chunks, (chunks, Hkv, B), _view(q), _view(k), _view(v), part_m, part_u, part_w, lengths, R, S,
+            scale * LOG2_E, causal, _consts(q, k, rows, block_n), num_warps=4 if rows <= 16 else 8, num_stages=3)
+    _launch(q, _decode_merge, (B * H * R,), part_m, part_u, part_w, o, chunks, D, _padded(D), num_warps=1)
+    return o.view(B, H, R, D)
 
 
 def _decode_torch(q, k, v, lengths, scale, chain):
@@ -800,7 +695,6 @@ def _decode_torch(q, k, v, lengths, scale, chain):
     return F.scaled_dot_product_attention(q, _share_heads(q, k), _share_heads(q, v), attn_mask=seen, scale=scale)
 
 
-@_on_its_device
 def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
     """Attention of R new tokens against a preallocated cache. No gradient.
 
@@ -811,9 +705,8 @@ def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
     """
     if torch.is_autocast_enabled(q.device.type):
         q = q.to(k_cache.dtype)  # the cache is what it is
-    (B, H, R, D), S, op = q.shape, k_cache.shape[2], "decode_attention"
-    _check_attention(op, q, k_cache, v_cache, scale)
-    scale = D**-0.5 if scale is None else scale
+    op, (B, H, R, _), S = "decode_attention", q.shape, k_cache.shape[2]
+    scale = _check_attention(op, q, k_cache, v_cache, scale)
     one_length = isinstance(lengths, int)
     if one_length:
         _check(R <= lengths <= S, f"{op}: length {lengths} must hold the {R} new tokens, in {S} places of the cache")
@@ -821,12 +714,10 @@ def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
         lengths = torch.as_tensor(lengths, device=q.device)
         _check(lengths.shape == (B,), f"{op}: lengths {tuple(lengths.shape)} must be one int or of shape ({B},)")
     if path(q).name == "triton":
-        _check_kernel(op, q, k_cache, v_cache)
         group = H // k_cache.shape[1]
         _check(R * group <= 64, f"{op}: {R} tokens x {group} heads > 64; use attention(mask=causal({R}, length))")
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device) if one_length else lengths.int()
-        x = [t.float() if interpreting() else t for t in (q, k_cache, v_cache)]
-        return _decode_triton(*x, lengths, scale, causal).to(q.dtype)
+        return _decode_triton(*_for_kernel(op, q, k_cache, v_cache), lengths, scale, causal).to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         return _decode_torch(q, k_cache, v_cache, lengths, scale, causal)
 
@@ -840,17 +731,20 @@ def scan_reference(s, v):
     return s[..., None, :].masked_fill(~past, -INF).softmax(-1) @ v
 
 
-def _scan_torch(s, v, state):
+def _nothing(s, v):
+    """The summary of no keys."""
+    return torch.full_like(s[..., 0], -INF), torch.zeros_like(s[..., 0]), torch.zeros_like(v[..., 0, :])
+
+
+def _scan_torch(s, v, before):
     """log2 N rounds (Hillis and Steele): after round r every position has merged with the 2^r - 1 before it."""
-    now, dim = (s, torch.ones_like(s), v), s.dim() - 1
-    if state is not None:
-        now = tuple(torch.cat([x.unsqueeze(dim), y], dim) for x, y in zip(state, now))
-    step, n = 1, now[0].shape[dim]
+    dim, n, step = s.dim() - 1, s.shape[-1] + 1, 1
+    now = [torch.cat([x.unsqueeze(dim), y], dim) for x, y in zip(before, (s, torch.ones_like(s), v))]
     while step < n:
         merged = merge([x.narrow(dim, 0, n - step) for x in now], [x.narrow(dim, step, n - step) for x in now])
-        now = tuple(torch.cat([x.narrow(dim, 0, step), y], dim) for x, y in zip(now, merged))
+        now = [torch.cat([x.narrow(dim, 0, step), y], dim) for x, y in zip(now, merged)]
         step *= 2
-    return finish(now)[0].narrow(dim, n - s.shape[dim], s.shape[dim]), tuple(x.select(dim, n - 1) for x in now)
+    return finish(now)[0].narrow(dim, 1, n - 1), tuple(x.select(dim, n - 1) for x in now)
 
 
 @jit
@@ -867,7 +761,7 @@ def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK_D:
         value = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
         pm, pu, pw = tl.associative_scan((score[:, None] * one, one, value), 0, _merge)
         pm, pu, pw = _merge(m[None, :], u[None, :], w[None, :], pm, pu, pw)
-        tl.store(o + at, (pw / pu).to(o.dtype.element_ty), mask=inside)
+        tl.store(o + at, (pw / tl.where(pu == 0, 1.0, pu)).to(o.dtype.element_ty), mask=inside)
         last = (n == BLOCK_N - 1)[:, None]  # keys beyond N weigh nothing: the last row is the state after the chunk
         m, u = tl.sum(tl.where(last, pm, 0.0), 0), tl.sum(tl.where(last, pu, 0.0), 0)
         w = tl.sum(tl.where(last, pw, 0.0), 0)
@@ -876,19 +770,6 @@ def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK_D:
     tl.store(w1 + row * D + d, w, mask=d < D)
 
 
-def _scan_triton(s, v, state):
-    lead, (N, D), device = s.shape[:-1], v.shape[-2:], s.device
-    if state is None:
-        empty = functools.partial(torch.full, device=device)
-        state = empty(lead, -INF), empty(lead, 0.0), empty((*lead, D), 0.0)
-    before, o, block_d = [x.float().contiguous() for x in state], torch.empty_like(v).contiguous(), _padded(D)
-    after = [torch.empty_like(x) for x in before]
-    _scan_prefixes[(lead.numel(),)](s.contiguous(), v.contiguous(), o, *before, *after, N, D=D, BLOCK_D=block_d,
-                                    BLOCK_N=max(16, 1024 // block_d), num_warps=4 if block_d < 128 else 8)  # fmt: skip
-    return o, tuple(after)
-
-
-@_on_its_device
 def scan_attention(s, v, state=None, return_state=False):
     """Attention as an RNN (Aaren): scores s (.., N) of a fixed query, values v (.., N, D) -> all prefixes (.., N, D).
 
@@ -901,13 +782,17 @@ def scan_attention(s, v, state=None, return_state=False):
     """
     fits = s.shape == v.shape[:-1] and s.numel() > 0
     _check(fits, f"scan_attention: s {tuple(s.shape)} must be v {tuple(v.shape)} without its last dimension, not empty")
-    if path(s).name == "triton" and not (torch.is_grad_enabled() and (s.requires_grad or v.requires_grad)):
-        _check_kernel("scan_attention", v)
-        x = [t.float() if interpreting() else t for t in (s, v)]
-        out, state = _scan_triton(*x, state)
-        out = out.to(v.dtype)
-    else:
+    (*lead, N, D), state = v.shape, _nothing(s, v) if state is None else state
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (s, v, *state))
+    if gradient or path(s).name == "reference":
         out, state = _scan_torch(s, v, state)
+    else:
+        _for_kernel("scan_attention", v)
+        pad = _padded(D)
+        s, v, *before = s.contiguous(), v.contiguous(), *(x.float().contiguous() for x in state)
+        out, state = torch.empty_like(v), tuple(torch.empty_like(x) for x in before)
+        _launch(s, _scan_prefixes, (math.prod(lead),), s, v, out, *before, *state, N, D, pad,
+                BLOCK_N=max(16, 1024 // pad), num_warps=4 if pad < 128 else 8)
     return (out, state) if return_state else out
 
 
@@ -924,16 +809,20 @@ def truncate(logits, top_k=0, top_p=1.0):
     >>> truncate(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), top_p=0.7).exp()   # 0.5 < 0.7: keep the second, too
     tensor([0.5000, 0.2500, 0.0000, 0.0000])
     """
-    _check(top_k >= 0, f"sample: top_k {top_k} must be 0 (off) or positive")
-    _check(0 < top_p <= 1, f"sample: top_p {top_p} must be above 0 and at most 1 (off)")
+    _check_truncation(top_k, top_p)
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -INF)
     if top_p < 1:
         ordered = logits.sort(dim=-1, descending=True).values
         p = ordered.float().softmax(-1)
-        kept = (p.cumsum(-1) - p < top_p).sum(-1, keepdim=True)
+        kept = (p.cumsum(-1) - p < top_p).sum(-1, keepdim=True).clamp(min=1)  # 0 if p is NaN
         logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -INF)
     return logits
+
+
+def _check_truncation(top_k, top_p):
+    _check(top_k >= 0, f"sample: top_k {top_k} must be 0 (off) or positive")
+    _check(0 < top_p <= 1, f"sample: top_p {top_p} must be above 0 and at most 1 (off)")
 
 
 def sample_reference(logits, temperature, top_k, top_p, noise):
@@ -943,60 +832,44 @@ def sample_reference(logits, temperature, top_k, top_p, noise):
 
 
 @jit
-def _flip(bits):
-    """Bits of a float32 <-> an integer that sorts like the float: negative floats have their magnitude inverted."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@jit
-def _threshold(key, weight, need):
-    """Largest t with sum(weight where key >= t) >= need, by bisection over the 32-bit integers: exact, and no sort."""
-    lo, hi = tl.min(key, 0), tl.max(key, 0)
-    for _ in range(32):
-        mid = (lo | hi) - ((lo ^ hi) >> 1)  # ceil((lo + hi) / 2) without overflow
-        enough = tl.sum(tl.where(key >= mid, weight, 0.0), 0) >= need
+def _keep_likeliest(p, weight, need):
+    """p >= 0, with 0 below the largest t such that sum(weight where p >= t) >= need. Exact without a sort: floats >= 0
+    are ordered like their bits, read as an integer, and 31 bisections find any 31-bit integer."""
+    lo, hi = 0, tl.max(p, 0).to(tl.int32, bitcast=True)
+    for _ in range(31):
+        mid = lo + ((hi - lo + 1) >> 1)
+        enough = tl.sum(tl.where(p >= mid.to(tl.float32, bitcast=True), weight, 0.0), 0) >= need
         lo, hi = tl.where(enough, mid, lo), tl.where(enough, hi, mid - 1)
-    return lo
+    return tl.where(p >= lo.to(tl.float32, bitcast=True), p, 0.0)
 
 
 @jit
 def _sample(logits, noise, out, stride, noise_stride, V, inv_temperature, top_k, top_p, TOP_K: tl.constexpr,
-            TOP_P: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            TOP_P: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (rows). The row stays in registers: logits and noise are read once, one integer is written."""
     row, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     x = tl.load(logits + row * stride + j, mask=j < V, other=float("-inf")).to(tl.float32) * inv_temperature
-    if TOP_K:
-        key = _flip(x.to(tl.int32, bitcast=True))
-        key = tl.where(key >= _threshold(key, 1.0, top_k), key, -2139095041)  # that integer is -inf
-        x = _flip(key).to(tl.float32, bitcast=True)
     p = tl.exp2((x - tl.max(x, 0)) * 1.4426950408889634)
+    p = tl.where(p > 0, p, 0.0)  # NaN is never drawn: its index could point beyond the row
+    if TOP_K:
+        p = _keep_likeliest(p, 1.0, top_k)
     if TOP_P:
-        key = p.to(tl.int32, bitcast=True)  # floats >= 0 sort like their bits
-        p = tl.where(key >= _threshold(key, p, top_p * tl.sum(p, 0)), p, 0.0)
+        p = _keep_likeliest(p, p, top_p * tl.sum(p, 0))
     race = p / tl.load(noise + row * noise_stride + j, mask=j < V, other=1.0)
     tl.store(out + row, tl.argmax(race, 0))
 
 
-def _sample_triton(logits, temperature, top_k, top_p, noise):
-    V = logits.shape[-1]
-    x, noise = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits.reshape(-1, V), noise.reshape(-1, V)))
-    out, block = torch.empty(len(x), dtype=torch.long, device=x.device), max(128, _padded(V))
-    _sample[(len(x),)](x, noise, out, x.stride(0), noise.stride(0), V, 1.0 / temperature, float(top_k), float(top_p),
-                       TOP_K=0 < top_k < V, TOP_P=top_p < 1, BLOCK=block,
-                       num_warps=min(32, max(4, block // 1024)))  # fmt: skip
-    return out.reshape(logits.shape[:-1])
-
-
-@_on_its_device
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=None):
     """One token per row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)).
 
     temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`, which may
     live on the CPU: a seed then gives the same tokens on every device, up to rounding. Never waits for the GPU.
-    Numerics: float32 after the load; NaN is not detected. Kernel limit: V <= 32768, a row must fit the registers.
+    Numerics: float32 after the load; probabilities that round to one float32 are tied; NaN is not detected, but
+    never drawn by the kernel. Kernel limit: V <= 32768, a row must fit the registers.
     """
     V = logits.shape[-1]
     _check(temperature >= 0, f"sample: temperature {temperature} must not be negative")
+    _check_truncation(top_k, top_p)
     fits = noise is None or noise.shape == logits.shape
     _check(fits, f"sample: noise must have the shape of the logits, {tuple(logits.shape)}")
     if temperature == 0:
@@ -1004,11 +877,14 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
     if noise is None:
         noise = torch.empty(logits.shape, device=logits.device if generator is None else generator.device)
         noise = noise.exponential_(generator=generator).clamp_(min=1e-30).to(logits.device)
-    if path(logits).name == "triton":
-        _check(V <= 32768, f'sample: no kernel for {V} logits a row; take at most 32768, or use("reference")')
-        truncate(logits[..., :1], top_k, top_p)  # the same checks
-        return _sample_triton(logits.float() if interpreting() else logits, temperature, top_k, top_p, noise)
-    return sample_reference(logits, temperature, top_k, top_p, noise)
+    if path(logits).name == "reference":
+        return sample_reference(logits, temperature, top_k, top_p, noise)
+    _check(V <= 32768, f'sample: no kernel for {V} logits a row; take at most 32768, or use("reference")')
+    x, noise = ((t if t.stride(-1) == 1 else t.contiguous()) for t in (logits.reshape(-1, V), noise.reshape(-1, V)))
+    out, block = torch.empty(len(x), dtype=torch.long, device=x.device), max(128, _padded(V))
+    _launch(x, _sample, (len(x),), x, noise, out, x.stride(0), noise.stride(0), V, 1.0 / temperature, float(top_k),
+            float(top_p), 0 < top_k < V, top_p < 1, block, num_warps=min(32, max(4, block // 1024)))
+    return out.view(logits.shape[:-1])
 
 
 # --- verify -----------------------------------------------------------------------------------------------------------
@@ -1056,7 +932,6 @@ def _verify(p, q, drafts, uniforms, noise, tokens, accepted, g, V, BLOCK: tl.con
     tl.store(accepted + row, n.to(tl.int64))
 
 
-@_on_its_device
 def verify(p_target, p_draft, drafts, uniforms, noise):
     """Speculative sampling of drafted chains: the emitted tokens follow p_target exactly (2211.17192, 2302.01318).
 
@@ -1079,7 +954,7 @@ def verify(p_target, p_draft, drafts, uniforms, noise):
         return verify_reference(p_target, p_draft, drafts, uniforms, noise)
     tokens, n = drafts.new_full((B, g + 1), -1), drafts.new_empty(B)
     x = [t.contiguous() for t in (p_target.float(), p_draft.float(), drafts, uniforms.float(), noise.float())]
-    _verify[(B,)](*x, tokens, n, g, V, BLOCK=min(4096, max(128, _padded(V))), num_warps=8)
+    _launch(drafts, _verify, (B,), *x, tokens, n, g, V, BLOCK=min(4096, max(128, _padded(V))), num_warps=8)
     return tokens, n
 
 
@@ -1099,8 +974,8 @@ def _nearest_torch(x, codebook, elements=1 << 21):
 
 
 @jit
-def _nearest(x, codebook, half, index, residual, N, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, RESIDUAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _nearest(x, codebook, half, index, N, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr):
     """Grid (tiles of rows). Lane (row, c) keeps the best of the codes c, c + BLOCK_K, ..; one reduction at the end."""
     n, lane = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     best, code = tl.full([BLOCK_N, BLOCK_K], float("inf"), tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
@@ -1111,30 +986,13 @@ def _nearest(x, codebook, half, index, residual, N, K, D: tl.constexpr, BLOCK_D:
             at, inside = n[:, None].to(tl.int64) * D + d[None, :], (n[:, None] < N) & (d[None, :] < D)
             points = tl.load(x + at, mask=inside, other=0.0)
             codes = tl.load(codebook + k[None, :] * D + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0)
-            product = tl.dot(points, codes, product, input_precision=PRECISION)
+            product = tl.dot(points, codes, product, input_precision="tf32x3")
         distance = tl.load(half + k, mask=k < K, other=float("inf"))[None, :] - product
         code, best = tl.where(distance < best, k[None, :], code), tl.minimum(distance, best)
     winner = tl.min(tl.where(best == tl.min(best, 1)[:, None], code, 2147483647), 1)  # the lowest index among equals
     tl.store(index + n, winner.to(tl.int64), mask=n < N)
-    if RESIDUAL:
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            at, inside = n[:, None].to(tl.int64) * D + d[None, :], (n[:, None] < N) & (d[None, :] < D)
-            chosen = tl.load(codebook + winner[:, None] * D + d[None, :], mask=inside, other=0.0)
-            tl.store(residual + at, tl.load(x + at, mask=inside, other=0.0) - chosen, mask=inside)
 
 
-def _nearest_triton(x, codebook, with_residual):
-    (N, D), x, codebook = x.shape, x.contiguous(), codebook.contiguous()
-    index, residual = torch.empty(N, dtype=torch.long, device=x.device), torch.empty_like(x if with_residual else x[:0])
-    half = 0.5 * codebook.square().sum(-1)
-    _nearest[(-(-N // 64),)](x, codebook, half, index, residual, N, len(codebook), D=D, BLOCK_D=min(32, _padded(D)),
-                             BLOCK_N=64, BLOCK_K=64, RESIDUAL=with_residual, PRECISION="tf32x3", num_warps=8,
-                             num_stages=2)  # fmt: skip
-    return index, residual if with_residual else None
-
-
-@_on_its_device
 @torch.no_grad()
 def nearest_code(x, codebook, return_distance=False, return_residual=False):
     """Index of the nearest code, the lowest among equals: x (N, D), codebook (K, D) -> (N,) int64.
@@ -1149,107 +1007,158 @@ def nearest_code(x, codebook, return_distance=False, return_residual=False):
     fits = x.dim() == codebook.dim() == 2 and x.shape[1] == codebook.shape[1]
     _check(fits, f"nearest_code: x {tuple(x.shape)} and codebook {tuple(codebook.shape)} must be (N, D) and (K, D)")
     _check(len(codebook) > 0, "nearest_code: the codebook is empty")
-    with_residual, residual = return_distance or return_residual, None
+    (N, D), K, extra = x.shape, len(codebook), []
     with torch.autocast(x.device.type, enabled=False):
-        points, codes = x.float(), codebook.float()
-        if len(x) == 0:
-            index = torch.zeros(0, dtype=torch.long, device=x.device)
-        elif path(x).name == "triton":
-            index, residual = _nearest_triton(points, codes, with_residual)
+        points, codes = x.float().contiguous(), codebook.float().contiguous()
+        if path(x).name == "triton":
+            index, half = torch.empty(N, dtype=torch.long, device=x.device), 0.5 * codes.square().sum(-1)
+            _launch(x, _nearest, (-(-N // 64),), points, codes, half, index, N, K, D, BLOCK_D=min(32, _padded(D)),
+                    BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=2)
         else:
             index = _nearest_torch(points, codes)
-        if with_residual and residual is None:
+        if return_distance or return_residual:
             residual = points - codes[index]
-    extra = [residual.square().sum(-1)] if return_distance else []
-    extra += [residual.to(x.dtype)] if return_residual else []
+            extra += [residual.square().sum(-1)] if return_distance else []
+            extra += [residual.to(x.dtype)] if return_residual else []
     return (index, *extra) if extra else index
 
 
-# --- report: errors everywhere, times on a GPU ------------------------------------------------------------------------
+# --- which path runs --------------------------------------------------------------------------------------------------
+
+
+Path = namedtuple("Path", "name reason")  # name: "reference" (plain torch) or "triton"
+
+
+class use:
+    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block.
+    Default: the environment's NANO_KERNELS, or "auto"."""
+
+    choice = "auto"
+
+    def __init__(self, choice):
+        _check(choice in ("auto", "reference", "triton"), f'use({choice!r}): choose "auto", "reference" or "triton"')
+        self.before, use.choice = use.choice, choice
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        use.choice = self.before
+
+
+use(os.environ.get("NANO_KERNELS", "auto"))
+
+
+def interpreting():
+    """True where Triton was imported under TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly, for tests."""
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+def path(x):
+    """Path(name, reason) that an op takes for `x` under the present `use`. ValueError if that is impossible."""
+    forced = use.choice == "triton"
+    if use.choice == "reference":
+        return Path("reference", 'chosen by use("reference") or NANO_KERNELS=reference')
+    if torch.compiler.is_compiling() and not forced:
+        return Path("reference", "inside torch.compile, which has attention kernels of its own")
+    if x.is_cuda and triton is not None:
+        major, minor = torch.cuda.get_device_capability(x.device)
+        if major >= 8 or forced:
+            return Path("triton", f"CUDA tensor, sm_{major}{minor}")
+        return Path("reference", f"sm_{major}{minor} is older than sm_80, which the kernels are made for")
+    why = "Triton is not installed" if triton is None else f"tensor on {x.device.type}"
+    if not forced:
+        return Path("reference", why)
+    _check(interpreting(), f'use("triton"): {why}; move it to a GPU, or set TRITON_INTERPRET=1 before the import')
+    return Path("triton", "CPU tensor, Triton's interpreter (slow, for tests)")
+
+
+# --- command line: errors everywhere, times on a GPU ------------------------------------------------------------------
 
 
 def errors(device, dtype):
-    """Rows (op, case, error) of the path in use against float64: relative Frobenius error, of outputs and gradients."""
-
-    def relative(ours, truth):
-        ours, truth = ours.detach().double(), truth.detach()
-        return float((ours - truth).norm() / truth.norm().clamp(min=1e-9))
-
+    """Rows (op, case, error) of the path in use against float64: relative Frobenius norm, or share of other tokens."""
     generator = torch.Generator(device).manual_seed(0)
-    randn = functools.partial(torch.randn, device=device, generator=generator)
-    sides = [1, 4, 16, 64]
-    for mask in (full(70, 49), causal(129), scales(sides), markov(sides), window(129, 20), tree([-1, 0, 1, 1, 0], 44),
-                 causal(64) & padding([64, 20], 64)):  # fmt: skip
+    randn, rand = (functools.partial(make, device=device, generator=generator) for make in (torch.randn, torch.rand))
+    relative = lambda ours, truth: float((ours.double() - truth).norm() / truth.norm().clamp(min=1e-9))
+    for mask in (full(70, 49), causal(129), scales([1, 4, 16, 64]), markov([1, 4, 16, 64]), window(129, 20),
+                 tree([-1, 0, 1, 1, 0], 44), causal(64) & padding([64, 20], 64)):
         n, m = mask.shape
         x = [randn(2, heads, length, 32).to(dtype).requires_grad_() for heads, length in ((4, n), (2, m), (2, m))]
         double = [t.detach().double().requires_grad_() for t in x]
-        ours, truth = attention(*x, mask), attention_reference(*double, mask)[0]
-        do = randn(ours.shape).to(dtype)
-        ours = ours, *torch.autograd.grad(ours, x, do)
-        truth = truth, *torch.autograd.grad(truth, double, do.double())
-        yield "attention + gradients", mask.name, float(torch.tensor([*map(relative, ours, truth)]).max())
-    q, k, v = (randn(2, h, n, 32).to(dtype) for h, n in ((4, 3), (2, 150), (2, 150)))
-    lengths = torch.tensor([150, 37])
+        ours, truth, do = attention(*x, mask), attention_reference(*double, mask)[0], randn(2, 4, n, 32).to(dtype)
+        pairs = zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double()))
+        worst = torch.tensor([relative(a, b) for a, b in [(ours.detach(), truth.detach()), *pairs]]).max()  # NaN, too
+        yield "attention + gradients", mask.name, float(worst)
+    q, (k, v), lengths = randn(2, 4, 3, 32).to(dtype), randn(2, 2, 2, 150, 32).to(dtype), torch.tensor([150, 37])
     truth = decode_reference(q.double(), k.double(), v.double(), lengths)
     yield "decode_attention", "3 tokens, lengths 150, 37", relative(decode_attention(q, k, v, lengths), truth)
     s, v = 3 * randn(4, 100), randn(4, 100, 16)
     yield "scan_attention", "4 x 100", relative(scan_attention(s, v), scan_reference(s.double(), v.double()))
-    rand = functools.partial(torch.rand, device=device, generator=generator)
     logits, noise = 3 * randn(8, 500), rand(8, 500) + 0.01
-    wrong = sample(logits, 0.8, 50, 0.9, noise=noise) != sample_reference(logits.double(), 0.8, 50, 0.9, noise)
-    yield "sample", "8 x 500, other tokens", float(wrong.float().mean())
+    other = sample(logits, 0.8, 50, 0.9, noise=noise) != sample_reference(logits.double(), 0.8, 50, 0.9, noise)
+    yield "sample", "8 x 500, other tokens", float(other.float().mean())
     p, q, u, e = randn(8, 5, 100).softmax(-1), randn(8, 4, 100).softmax(-1), rand(8, 4), noise[:, :100]
     drafts = torch.randint(100, (8, 4), device=device, generator=generator)
-    wrong = verify(p, q, drafts, u, e)[0] != verify_reference(p.double(), q.double(), drafts, u.double(), e.double())[0]
-    yield "verify", "8 x 4 drafts, other tokens", float(wrong.float().mean())
+    other = verify(p, q, drafts, u, e)[0] != verify_reference(p.double(), q.double(), drafts, u.double(), e.double())[0]
+    yield "verify", "8 x 4 drafts, other tokens", float(other.float().mean())
     x, codes = randn(300, 24), randn(200, 24)
-    best = (x[:, None] - codes).double().square().sum(-1).amin(-1)
-    yield "nearest_code", "300 x 200, distance", relative(nearest_code(x, codes, return_distance=True)[1], best)
+    nearest = (x[:, None] - codes).double().square().sum(-1).amin(-1)
+    yield "nearest_code", "300 x 200, distance", relative(nearest_code(x, codes, return_distance=True)[1], nearest)
 
 
-def benchmarks(device="cuda", compiled=torch.compile):
+SHAPES = {  # what to time: the shapes of the scripts, and long ones
+    "causal": [(64, 4, 64, 32), (8, 16, 2048, 64), (4, 16, 4096, 64), (4, 8, 4096, 128), (1, 8, 16384, 128)],  # BHND
+    "scales": [(64, 4, (1, 2, 4, 8), 32), (8, 16, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 64),
+               (2, 16, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 64)],  # B, H, sides, D
+    "decode": [(64, 16, 4096, 64), (1, 16, 8192, 64), (64, 4, 256, 32)],  # B, H, S, D
+    "tokens": [(64, 32768), (64, 4096), (64, 256)],  # B, V
+    "nearest": [(65536, 16384, 32), (65536, 512, 16)],  # N, K, D
+    "scan": [(1024, 4096, 64)],  # rows, N, D
+}
+
+
+def benchmarks(device="cuda", compiled=functools.partial(torch.compile, dynamic=False)):
     """Rows (case, work, unit, ours, peer's name, peer): two functions to time, and their work in TFLOP or GB."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     flex, sdpa = compiled(flex_attention), F.scaled_dot_product_attention
-    randn = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
-    for B, H, N, D in ((64, 4, 64, 32), (8, 16, 2048, 64), (4, 16, 4096, 64), (4, 8, 4096, 128), (1, 8, 16384, 128)):
-        (q, k, v, do), mask, case = (randn(B, H, N, D) for _ in range(4)), causal(N), f"causal {B}x{H}x{N}x{D}"
+    rand = functools.partial(torch.rand, device=device)
+    half = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
+    for B, H, N, D in SHAPES["causal"]:
+        (q, k, v, do), mask, case = half(4, B, H, N, D), causal(N), f"causal {B}x{H}x{N}x{D}"
         work = 2 * B * H * N * N * D / 1e12  # two products, half of which a causal mask needs
         yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, is_causal=True)
         x = [t.clone().requires_grad_() for t in (q, k, v)]
         outputs = attention(*x, mask), sdpa(*x, is_causal=True)
         ours, theirs = (functools.partial(torch.autograd.grad, out, x, do, retain_graph=True) for out in outputs)
         yield f"{case} backward", 2.5 * work, "TFLOP/s", ours, "sdpa", theirs
-    squares = (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-    for (B, sides), kind in ((pair, kind) for pair in zip((64, 8, 2), squares) for kind in (scales, markov)):
-        mask = kind([n * n for n in sides])
+    for (B, H, sides, D), make in itertools.product(SHAPES["scales"], (scales, markov)):
+        mask = make([n * n for n in sides])
         N, dense = mask.shape[0], mask.dense(device)
-        q, k, v = (randn(B, 16, N, 64) for _ in range(3))
         start, end = mask.row_start[0].to(device), mask.row_end[0].to(device)
         blocks = create_block_mask(lambda b, h, i, j: (start[i] <= j) & (j < end[i]), None, None, N, N, device=device)
-        work, case = 4 * B * 16 * 64 * float(dense.sum()) / 1e12, f"{mask.name} {B}x16x{N}x64"
-        peers = ("flex", lambda: flex(q, k, v, block_mask=blocks)), ("sdpa", lambda: sdpa(q, k, v, dense))
-        for peer, theirs in peers:
-            yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), peer, theirs
-    for B, H, S, D in ((64, 16, 4096, 64), (1, 16, 8192, 64), (64, 4, 256, 32)):
-        q, k, v, case = randn(B, H, 1, D), randn(B, H, S, D), randn(B, H, S, D), f"decode {B}x{H}x{S}x{D}"
-        yield case, 4 * B * H * S * D / 1e9, "GB/s", lambda: decode_attention(q, k, v, S), "sdpa", lambda: sdpa(q, k, v)
-    rand = functools.partial(torch.rand, device=device)
-    for B, V in ((64, 32768), (64, 4096), (64, 256)):
-        x, p, q, u, e = rand(B, V), rand(B, 5, V), rand(B, 4, V), rand(B, 4), rand(B, V)
-        drafts, work = torch.randint(V, (B, 4), device=device), 12 * B * V / 1e9
-        theirs = lambda: torch.multinomial(truncate(x / 0.8, 50, 0.9).softmax(-1), 1)  # noqa: E731
-        yield f"sample {B}x{V}, k 50, p 0.9", work, "GB/s", lambda: sample(x, 0.8, 50, 0.9), "sort, multinomial", theirs
-        theirs = lambda: verify_reference(p, q, drafts, u, e)  # noqa: E731
-        yield f"verify {B}x4x{V}", work, "GB/s", lambda: verify(p, q, drafts, u, e), "torch", theirs
-    for N, K, D in ((65536, 16384, 32), (65536, 512, 16)):
-        x, codes, work = rand(N, D), rand(K, D), 2 * N * K * D / 1e12
-        theirs = lambda: torch.cdist(x, codes).argmin(-1)  # noqa: E731
-        yield f"nearest {N}x{K}x{D}", work, "TFLOP/s", lambda: nearest_code(x, codes), "cdist + argmin", theirs
-    s, v = rand(1024, 4096), rand(1024, 4096, 64)
-    theirs = lambda: _scan_torch(s, v, None)  # noqa: E731
-    yield "scan 1024x4096x64", 2 * v.numel() * 4 / 1e9, "GB/s", lambda: scan_attention(s, v), "torch", theirs
+        q, k, v = half(3, B, H, N, D)
+        row = f"{mask.name} {B}x{H}x{N}x{D}", 4 * B * H * D * float(dense.sum()) / 1e12, "TFLOP/s"
+        yield *row, lambda: attention(q, k, v, mask), "flex", lambda: flex(q, k, v, block_mask=blocks)
+        yield *row, lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, dense)
+    for B, H, S, D in SHAPES["decode"]:
+        q, (k, v) = half(B, H, 1, D), half(2, B, H, S, D)
+        row = f"decode {B}x{H}x{S}x{D}", 4 * B * H * S * D / 1e9, "GB/s"
+        yield *row, lambda: decode_attention(q, k, v, S), "sdpa", lambda: sdpa(q, k, v)
+    for B, V in SHAPES["tokens"]:
+        x, p, q, u, e = (rand(*shape) for shape in ((B, V), (B, 5, V), (B, 4, V), (B, 4), (B, V)))
+        drafts, work = torch.randint(V, (B, 4), device=device), (12 * B * V / 1e9, "GB/s")
+        theirs = lambda: torch.multinomial(truncate(x / 0.8, 50, 0.9).softmax(-1), 1)
+        yield f"sample {B}x{V}, k 50, p 0.9", *work, lambda: sample(x, 0.8, 50, 0.9), "sort, multinomial", theirs
+        theirs = lambda: verify_reference(p, q, drafts, u, e)
+        yield f"verify {B}x4x{V}", *work, lambda: verify(p, q, drafts, u, e), "torch", theirs
+    for N, K, D in SHAPES["nearest"]:
+        x, codes, row = rand(N, D), rand(K, D), (f"nearest {N}x{K}x{D}", 2 * N * K * D / 1e12, "TFLOP/s")
+        yield *row, lambda: nearest_code(x, codes), "cdist + argmin", lambda: torch.cdist(x, codes).argmin(-1)
+    for rows, N, D in SHAPES["scan"]:
+        s, v, row = rand(rows, N), rand(rows, N, D), (f"scan {rows}x{N}x{D}", 8 * rows * N * D / 1e9, "GB/s")
+        yield *row, lambda: scan_attention(s, v), "torch", lambda: _scan_torch(s, v, _nothing(s, v))[0]
 
 
 def _plot(file, error_rows, time_rows):
@@ -1258,46 +1167,41 @@ def _plot(file, error_rows, time_rows):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    size = (15, 9) if time_rows else (8, 5)
-    figure, axes = plt.subplots(1, 2 if time_rows else 1, figsize=size, layout="constrained", squeeze=False)
-    for shift, column, label in ((-0.2, 2, "torch path"), (0.2, 3, "kernel")):
-        points = [(i + shift, max(row[column], 1e-9)) for i, row in enumerate(error_rows) if row[column] is not None]
-        if points:
-            axes[0, 0].barh(*zip(*points), height=0.38, label=label)
-    names = [f"{op}: {case}" for op, case, *_ in error_rows]
-    axes[0, 0].set(xscale="log", yticks=range(len(names)), yticklabels=names)
-    axes[0, 0].set_title("error against float64 (1e-9 stands for none)")
-    axes[0, 0].legend()
-    if time_rows:
-        axes[0, 1].barh([f"{case} ({peer})" for case, peer, _ in time_rows], [ratio for *_, ratio in time_rows])
-        axes[0, 1].axvline(1, color="black", linewidth=1)
-        axes[0, 1].set(xscale="log", title="speed relative to the peer in brackets; 1 = equal, right = faster")
-    for axis in axes[0]:
+    panels = [[(f"{op}: {case}", max(a if b is None else b, 1e-9)) for op, case, a, b in error_rows]]
+    panels += [[(f"{case} ({peer})", ratio) for case, peer, ratio in time_rows]] if time_rows else []
+    who = "torch path" if error_rows[0][3] is None else "kernel"
+    titles = f"{who}: error against float64 (1e-9: none)", "speed relative to the peer in brackets; right of 1 = faster"
+    size = 8 * len(panels), 9 if time_rows else 4
+    _, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axis, bars, title in zip(axes[0], panels, titles):
+        axis.plot([x for _, x in bars], [name for name, _ in bars], "o")
+        axis.set(xscale="log", title=title)
         axis.invert_yaxis()
-    figure.savefig(file, dpi=110)
+        axis.grid(alpha=0.3)
+    plt.savefig(file, dpi=110)
 
 
 def main(argv=None):
     """Print the tables; returns (error rows, time rows)."""
     parser = argparse.ArgumentParser(description="Check all ops against float64; on a GPU, time them beside torch.")
     parser.add_argument("--plot", metavar="PATH", help="also draw the tables into this picture (.png, .pdf, .svg)")
-    kinds, text = ("float32", "bfloat16", "float16"), "inputs of the error table (bfloat16 on a GPU, else float32)"
-    parser.add_argument("--dtype", choices=kinds, help=text)
+    text = "inputs of the error table (bfloat16 on a GPU, else float32)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
     args = parser.parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if device == "cuda" else "float32"))
-    kernels_run = triton is not None and (device == "cuda" or interpreting())
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU, Triton's interpreter" if kernels_run else "CPU"
+    gpu = torch.cuda.is_available()
+    kernels_run = triton is not None and (gpu or interpreting())
+    device, name = "cuda" if gpu else "cpu", args.dtype or ("bfloat16" if gpu else "float32")
+    where = torch.cuda.get_device_name() if gpu else "CPU, Triton's interpreter" if kernels_run else "CPU"
+    print(f"errors against float64, {name}, {where}\n{'op':<24}{'case':<30}{'torch path':>12}{'kernel':>12}")
+    rows, times = [], []
     with use("reference"):
-        rows = [(*row, None) for row in errors(device, dtype)]
+        rows = [(*row, None) for row in errors(device, getattr(torch, name))]
     if kernels_run:
         with use("triton"):
-            rows = [(*row[:3], error) for row, (*_, error) in zip(rows, errors(device, dtype))]
-    print(f"errors against float64, {str(dtype)[6:]}, {where}\n{'op':<24}{'case':<30}{'torch path':>12}{'kernel':>12}")
+            rows = [(*row[:3], error) for row, (*_, error) in zip(rows, errors(device, getattr(torch, name)))]
     for op, case, a, b in rows:
         print(f"{op:<24}{case:<30}{a:>12.1e}{'not run' if b is None else f'{b:.1e}':>12}")
-    times = []
-    if device == "cuda":
+    if gpu:
         print("\ntimes, attention in bfloat16, median; ratio = time of the peer / ours")
         print(f"{'case':<34}{'ms':>9}{'rate':>16}  {'peer':<20}{'ms':>9}{'ratio':>8}")
         for case, work, unit, ours, peer, theirs in benchmarks():

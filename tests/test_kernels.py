@@ -9,9 +9,11 @@ The interpreter computes bf16 wrongly, does not see races, and accepts what the 
 """
 
 import doctest
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -128,23 +130,19 @@ def chi_square(counts, law):
 # --- 1. the torch paths -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, mask", [
-    ("causal", kernels.causal(4)), ("causal", kernels.causal(2, 5)), ("window", kernels.window(4, 2)),
-    ("scales", kernels.scales([1, 2, 3])), ("markov", kernels.markov([1, 2, 3])),
-    ("markov", kernels.markov([1, 2, 3], 1)), ("tree", kernels.tree([-1, 0, 1, 0])),
-    ("padding", kernels.padding([2, 3], 3)),
-])  # fmt: skip
-def test_masks_look_as_drawn_in_their_docstrings(name, mask):
-    drawn = [
-        "".join(c for c in line if c in ".# ")
-        for line in getattr(kernels, name).__doc__.split("\n    \n")[-1].splitlines()
-    ]
-    for picture in mask.draw().split("\n\n"):
-        rows = picture.splitlines()
-        starts = [k for k, line in enumerate(drawn) if rows[0] in line.split()]
-        assert any(all(row in drawn[k + r].split() for r, row in enumerate(rows)) for k in starts), (
-            f"{name}:\n{picture}"
-        )
+@pytest.mark.parametrize("name", ["causal", "window", "scales", "markov", "tree", "padding"])
+def test_masks_look_as_drawn_in_their_docstrings(name):
+    lines, drawn = inspect.getdoc(getattr(kernels, name)).splitlines(), 0
+    for k, line in enumerate(lines):
+        calls = list(re.finditer(rf"{name}\([^)]*\)(?= )", line))
+        for call, stop in zip(calls, [*(after.start() for after in calls[1:]), len(line)]):
+            pictures = [picture.splitlines() for picture in eval(call.group(), vars(kernels)).draw().split("\n\n")]
+            columns = [call.end() + found.start() for found in re.finditer("[.#]{2,}", line[call.end() : stop])]
+            assert len(columns) == len(pictures)
+            for at, rows in zip(columns, pictures):
+                assert [text[at : at + len(rows[0])] for text in lines[k : k + len(rows)]] == rows
+                drawn += 1
+    assert drawn == {"causal": 2, "markov": 2, "padding": 2}.get(name, 1)
 
 
 def test_tree_mask_is_the_ancestor_closure():
@@ -263,6 +261,15 @@ def test_scan_is_softmax_over_prefixes_and_streams(n):
         steps.append(step)
     assert torch.allclose(torch.cat(steps, -2), out)
     assert all(torch.allclose(a, b) for a, b in zip(kernels.finish(state), kernels.finish(whole)))
+
+
+@pytest.mark.parametrize("choice", ["reference", pytest.param("triton", marks=needs_interpreter)])
+def test_scan_of_a_prefix_that_sees_nothing_is_zero(choice):
+    s, v = torch.randn(2, 40), torch.randn(2, 40, 3)
+    s[0, :5], s[1, 7] = -math.inf, -math.inf
+    truth = kernels.scan_reference(s.double(), v.double()).nan_to_num()
+    with kernels.use(choice):
+        assert relative(kernels.scan_attention(s, v), truth) < 1e-5
 
 
 def test_scan_gradients():
@@ -437,11 +444,13 @@ def unsupported_by_kernels():
     yield "no kernel for head size 160", lambda: a(*(torch.zeros(1, 1, 4, 160) for _ in range(3)))
     yield "no kernel for torch.float64", lambda: a(*(torch.zeros(1, 1, 4, 16).double() for _ in range(3)))
     far = torch.empty(1, 1, 3, 2**30, device="meta")[..., :16]
-    yield "make the tensor contiguous", lambda: kernels._check_kernel("attention", far)
+    yield "make the tensor contiguous", lambda: kernels._for_kernel("attention", far)
     yield (
         "use attention(mask=causal(65",
         lambda: d(torch.zeros(1, 1, 65, 16), torch.zeros(1, 1, 99, 16), torch.zeros(1, 1, 99, 16), 80),
     )
+    many = torch.zeros(1, 1, 1, 16).expand(65536, 1, 1, 16)
+    yield "split batch and heads below 65536", lambda: a(many, many, many)
     yield "take at most 32768", lambda: kernels.sample(torch.zeros(1, 40000))
     yield "no kernel for head size 200", lambda: kernels.scan_attention(torch.zeros(1, 3), torch.zeros(1, 3, 200))
 
@@ -472,6 +481,36 @@ def test_use_and_path():
             kernels.path(x)
 
 
+def test_the_environment_chooses_the_path():
+    code, root = "import kernels, torch; print(kernels.path(torch.zeros(1)).reason)", os.path.dirname(kernels.__file__)
+    for choice, said in (("reference", "NANO_KERNELS=reference"), ("fast", "use('fast'): choose")):
+        env = {**os.environ, "NANO_KERNELS": choice}
+        done = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
+        assert said in done.stdout + done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_no_op_breaks_the_graph_of_torch_compile():
+    def ops(x, noise):
+        y = kernels.attention(x, x, x, kernels.causal(9)) + kernels.attention(x, x, x, mask)
+        y = y + kernels.decode_attention(x[:, :, :1], x, x, 7) + kernels.scan_attention(x[..., 0], x)
+        tokens, laws = kernels.sample(x[0, 0], 0.8, 5, 0.9, noise=noise), x[0].softmax(-1)
+        verified = kernels.verify(laws, laws[:, 1:], tokens[None, :8].expand(2, -1), noise[:2, :8], noise[:2])[0]
+        return y, tokens, verified, kernels.nearest_code(x[0, 0], x[0, 1])
+
+    x, noise, mask = torch.randn(1, 2, 9, 16), torch.rand(9, 16) + 0.01, kernels.scales([1, 3, 5])
+    for ours, truth in zip(torch.compile(ops, backend="eager", fullgraph=True)(x, noise), ops(x, noise)):
+        assert torch.equal(ours, truth)
+
+
+def test_masks_stay_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        mask = kernels.window(37, 6) & kernels.padding([20], 37)
+        tiles, dense = mask.tiles(16, 16), mask.dense()
+    assert {x.device.type for x in (mask.row_start, mask.row_end, mask.col_end, dense, tiles[0][0])} == {"cpu"}
+    assert int(dense.sum()) > 0
+
+
 def test_import_is_silent_and_works_without_triton(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('not for this platform')", encoding="utf-8")
     code = (
@@ -482,6 +521,24 @@ def test_import_is_silent_and_works_without_triton(tmp_path):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.path.dirname(kernels.__file__)])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_benchmarks_compare_functions_that_agree(monkeypatch):
+    """At tiny shapes, on whatever device is here: what is timed runs, and both sides compute the same."""
+    small = {"causal": [(1, 2, 17, 16)], "scales": [(1, 2, (1, 2, 3), 16)], "decode": [(2, 2, 40, 16)],
+             "tokens": [(3, 50)], "nearest": [(30, 20, 4)], "scan": [(3, 20, 4)]}  # fmt: skip
+    assert small.keys() == kernels.SHAPES.keys()
+    monkeypatch.setattr(kernels, "SHAPES", small)
+    rows = 0
+    for case, work, unit, ours, peer, theirs in kernels.benchmarks(DEVICE, compiled=lambda f: f):
+        assert work > 0 and unit in ("TFLOP/s", "GB/s")
+        ours, theirs = (x if isinstance(x, tuple) else (x,) for x in (ours(), theirs()))
+        rows += 1
+        if not case.startswith("sample"):  # which draws its own noise
+            assert len(ours) == len(theirs), case
+            assert all(torch.allclose(a.float(), b.float(), atol=5e-2) for a, b in zip(ours, theirs)), case
+    assert rows == 2 + 4 + 1 + 2 + 1 + 1
 
 
 def test_report(capsys, tmp_path):
@@ -538,6 +595,14 @@ def test_kernel_gradients_by_finite_differences(triton_path):
 
 
 @needs_interpreter
+def test_a_second_derivative_is_refused_not_silently_zero(triton_path):
+    x = torch.randn(1, 1, 3, 16, requires_grad=True)
+    (first,) = torch.autograd.grad(kernels.attention(x, x, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@needs_interpreter
 def test_expanded_gradient_and_zero_strides(triton_path):
     x = [torch.randn(1, 2, 17, 16).requires_grad_() for _ in range(3)]
     ours = torch.autograd.grad(
@@ -564,6 +629,21 @@ def test_decode_kernel(heads, rows, size, cache, lengths, causal, triton_path):
 
 
 @needs_interpreter
+def test_decode_kernel_reads_nothing_beyond_the_cache(triton_path):
+    storage = torch.full((2, 2, 70, 16), math.nan)
+    q, cache = torch.randn(2, 2, 1, 16), storage[:, :, :40].copy_(torch.randn(2, 2, 40, 16))
+    ours = kernels.decode_attention(q, cache, cache, torch.tensor([40, 64]))  # 64 do not fit: taken as 40
+    assert relative(ours, kernels.decode_reference(q.double(), cache.double(), cache.double(), 40)) < 1e-5
+
+
+@needs_interpreter
+def test_scan_kernel_hands_a_gradient_to_the_torch_path(triton_path):
+    s, v = torch.randn(2, 6), torch.randn(2, 6, 4)
+    state = [x.requires_grad_() for x in kernels.scan_attention(s, v, return_state=True)[1]]
+    assert kernels.scan_attention(s, v, state).requires_grad
+
+
+@needs_interpreter
 @pytest.mark.parametrize("n, size", [(1, 16), (2, 3), (17, 16), (64, 5), (129, 4)])
 def test_scan_kernel(n, size, triton_path):
     s, v = 3 * scattered(2, n), scattered(2, n, size)
@@ -587,6 +667,17 @@ def test_sample_kernel_draws_the_tokens_of_the_reference(V, top_k, top_p, triton
     logits[2] = -logits[2].abs() - 50  # negative keys only
     ours = kernels.sample(logits, 0.7, top_k, top_p, noise=noise)
     assert torch.equal(ours, kernels.sample_reference(logits, 0.7, top_k, top_p, noise)) and ours.dtype == torch.int64
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (3, 0.7)])
+def test_sample_kernel_stays_inside_the_row_whatever_the_logits(top_k, top_p, triton_path):
+    logits = torch.full((3, 17), -math.inf)
+    logits[0], logits[1, ::2] = math.nan, 1.0
+    logits[1, 1::2] = math.nan
+    tokens = kernels.sample(logits, 1.0, top_k, top_p)
+    assert (tokens < 17).all() and tokens[1] % 2 == 0
 
 
 @needs_interpreter
@@ -635,7 +726,6 @@ def test_what_kernels_do_not_support_is_refused(message, call, triton_path):
 
 def compile_all(arch):
     """Run the wrappers on CPU tensors under a driver that reports `arch`; compile every launch and start none."""
-    import re
     import tempfile
 
     import triton
@@ -703,14 +793,14 @@ def compile_all(arch):
     kernels.verify(p, p[:, :4], drafts, torch.zeros(4, 4), p[:, 0])
     for size in (16, 256):
         case = f"nearest {size}"
-        kernels.nearest_code(torch.zeros(1000, size), torch.zeros(512, size), return_residual=True)
+        kernels.nearest_code(torch.zeros(1000, size), torch.zeros(512, size))
     case = "everything 1"  # which is compiled in as a constant
     one = torch.zeros(1, 1, 1, 16, dtype=bf16, requires_grad=True)
     kernels.attention(one, one, one, kernels.padding([1], 1)).backward(one.detach())
     kernels.decode_attention(one, one, one, 1)
     kernels.sample(torch.zeros(1, 1), 1.0, 1, 0.9)
     kernels.verify(p[:1, :2, :1], p[:1, :1, :1], drafts[:1, :1], torch.zeros(1, 1), torch.ones(1, 1))
-    kernels.nearest_code(torch.zeros(1, 1), torch.zeros(1, 1), return_residual=True)
+    kernels.nearest_code(torch.zeros(1, 1), torch.zeros(1, 1))
     return reports
 
 
@@ -778,10 +868,3 @@ def test_every_mask_on_a_gpu(mask, poison):
 
 if __name__ == "__main__":
     print(json.dumps(compile_all(int(sys.argv[1]))))
-
-
-def test_the_environment_chooses_the_path():
-    code = "import kernels, torch; print(kernels.path(torch.zeros(1)).reason)"
-    env, root = {**os.environ, "NANO_KERNELS": "reference"}, os.path.dirname(kernels.__file__)
-    said = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True)
-    assert "NANO_KERNELS=reference" in said.stdout, said.stderr
