@@ -333,33 +333,41 @@ def test_training_forward_equals_encode_then_decode(kind):
 
 def test_attention_of_a_block_equals_a_loop_in_float64():
     torch.manual_seed(0)
-    block, x = nt.Block(32, inputs=3).double(), torch.randn(2, 5, 32, dtype=torch.double)
+    block, x, memory = nt.Block(32).double(), torch.randn(2, 5, 32, dtype=torch.double), torch.randn(2, 3, 32, dtype=torch.double)
     rows = []
-    for image in x:
-        h = nt.norm(image)
-        q, (k, v) = block.q(h), block.kv(h[:3]).chunk(2, -1)
-        for i in range(5):
-            parts = []
+    for queries, inputs in zip(x, memory):
+        k, v = block.kv(nt.norm(inputs)).chunk(2, -1)
+        for query in queries:
+            q, parts = block.q(nt.norm(query)), []
             for head in (slice(0, 16), slice(16, 32)):
-                scores = torch.stack([nt.norm(q[i, head]) @ nt.norm(k[j, head]) / 2 for j in range(3)])
+                scores = torch.stack([nt.norm(q[head]) @ nt.norm(k[j, head]) / 2 for j in range(3)])
                 parts.append(sum(w * v[j, head] for j, w in enumerate(torch.softmax(scores, 0))))
-            rows.append(image[i] + block.proj(torch.cat(parts)))
-    torch.testing.assert_close(block(x).flatten(0, 1), torch.stack(rows))  # the mlp starts as zero
+            rows.append(query + block.proj(torch.cat(parts)))
+    torch.testing.assert_close(block(x, memory).flatten(0, 1), torch.stack(rows))  # the mlp starts as zero
 
 
-def test_queries_read_a_set_of_inputs_and_no_output_reads_another():
+def test_queries_read_a_set_of_inputs_and_no_query_reads_another():
     """Inputs swapped together with their places change nothing; an output is the same whichever other queries stand beside it."""
     torch.manual_seed(0)
     queries, x = nt.Queries(6, 4, 16, blocks=2), torch.randn(2, 6, 16)
     for block in queries.blocks:
         nt.nn.init.normal_(block.down.weight, std=0.1)
-    y = queries(x)
+    y, order = queries(x), torch.tensor([3, 1, 5, 0, 2, 4])
     assert y.shape == (2, 4, 16) and not torch.allclose(y[0], y[1])
-    order = torch.tensor([3, 1, 5, 0, 2, 4])
     other = nt.Queries(6, 2, 16, blocks=2)
-    other.load_state_dict(queries.state_dict() | {"places": torch.cat([queries.places[:6][order], queries.places[[9, 7]]])})
+    other.load_state_dict(queries.state_dict() | {"input_places": queries.input_places[order], "queries": queries.queries[[3, 1]]})
     torch.testing.assert_close(other(x[:, order]), y[:, [3, 1]])
     assert not torch.allclose(queries(x[:, order]), y, atol=1e-3)  # but it does matter where an input stands
+
+
+def test_every_matrix_of_a_block_belongs_to_muon_and_nothing_else_does():
+    for kind in (dict(), dict(layout="1d"), dict(layout="1d", mixer="dense")):
+        model = nt.Tokenizer(tiny(**kind))
+        muon, adam = ({id(p) for p in o.param_groups[0]["params"]} for o in nt.make_optimizers(model, tiny(**kind), torch.float32))
+        for name, p in model.named_parameters():
+            inside = any(part in name for part in (".0.", "blocks.", "gather.first", "gather.second", "gather.narrow", "gather.widen",
+                                                   "scatter.first", "scatter.second", "scatter.narrow", "scatter.widen"))
+            assert (id(p) in muon) == inside and (id(p) in adam) != inside, name
 
 
 @pytest.mark.parametrize("mixer", ["queries", "dense"])
