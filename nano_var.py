@@ -1,7 +1,7 @@
 """nano_var: draw images scale by scale, and train the multi-scale tokenizer that this needs.
 
-An image becomes a pyramid of token maps, 1x1, 2x2, 4x4, 8x8. Each map codes what the coarser ones left over; their sum is the image.
-A transformer draws one whole map per call, given the coarser ones and the class: 4 calls, where raster order takes 64.
+An image becomes a pyramid of token maps, 1x1, 2x2, 4x4, 8x8. Each map codes what the coarser ones left over; their sum is the
+image. A transformer draws one whole map per call, given the coarser ones and the class: 4 calls, where raster order takes 64.
 
     32x32 image   8x8 latent f        f = up(r1) + up(r2) + up(r3) + r4 + what is lost             4 calls
 
@@ -11,16 +11,18 @@ A transformer draws one whole map per call, given the coarser ones and the class
     |  _|_  | <----- |       |   +-+   |0|9|  +-+-+-+-+  |       |     area(f3, 8x8) -> r4         f3 = f2 + up(r3)
     +-------+  conv  +-------+         +-+-+   4x4       +-------+     all cells of a map at once, given all coarser maps
 
-Order    --order scales     one map per call (VAR); --mask markov: each map sees only itself and the sum of those before (HMAR, M-VAR)
+Order    --order scales     one map per call (VAR)
+                            with --mask markov a map attends to itself alone; of the coarser ones it gets the sum (HMAR, M-VAR)
          --order tokens     the same tokens one by one, map after map: what do the parallel draws cost?
          --order raster     one 8x8 map, one token per call, row by row: the classical baseline (a pyramid of one map)
-Options  --targets absolute every map codes the whole picture, not what is left over: another list of scales at sampling time (FlexVAR)
+Options  --targets absolute every map codes the whole picture: other lists of maps work at sampling time (FlexVAR)
          --noise P          training inputs with a share P of wrong tokens and the targets that repair them (Infinity)
          --refiner WIDTH    a small second model draws the last map, three quarters of the tokens (CoDe)
 
-Papers   VAR (Tian et al. 2024, arXiv:2404.02905; github.com/FoundationVision/VAR), whose repository has no training code for its
-         tokenizer. FlexVAR (Jiao et al. 2025, arXiv:2502.20313), HMAR (Kumbong et al. 2025, arXiv:2506.04421), M-VAR (Ren et al.
-         2024, arXiv:2411.10433), CoDe (Chen et al. 2024, arXiv:2411.17787), Infinity (Han et al. 2024, arXiv:2412.04431).
+Papers   VAR (Tian et al. 2024, arXiv:2404.02905; github.com/FoundationVision/VAR: no training code for its tokenizer). FlexVAR
+         (Jiao et al. 2025, arXiv:2502.20313), HMAR (Kumbong et al. 2025, arXiv:2506.04421), M-VAR (Ren et al. 2024,
+         arXiv:2411.10433), CoDe (Chen et al. 2024, arXiv:2411.17787), Infinity (Han et al. 2024, arXiv:2412.04431). The
+         optimizer is Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 Commands                                            two CPU cores     expect
     python nano_var.py                              TODO              TODO
@@ -491,9 +493,9 @@ def split_maps(tokens, scales):
 
 
 def kmeans(points, k, generator, rounds=8):
-    """Lloyd's algorithm from k distinct points: (N, C) -> codebook (k, C); one without points stays where it is."""
+    """Lloyd's algorithm from k of the distinct points: (N, C) -> codebook (k, C); a code without points stays where it is."""
     distinct = points.unique(dim=0)
-    codebook = distinct[torch.randint(len(distinct), (k,), generator=generator).to(points.device)]
+    codebook = distinct[torch.randint(len(distinct), (k,), generator=generator).to(points.device)]  # there may be fewer than k
     for _ in range(rounds):
         nearest = kernels.nearest_code(points, codebook)
         counts = torch.bincount(nearest, minlength=k)[:, None]
@@ -562,8 +564,8 @@ class Pyramid(nn.Module):
     def encode(self, f, scales=None, noise=0.0, generator=None):
         """Latent f -> tokens (B, L), fed (B, L), [sum_1 .. sum_K], [vectors of each map (B, s^2, C)].
 
-        `fed` are the tokens with a share `noise` of them wrong; later maps code what is left over *after the wrong ones*, so tokens
-        teach to repair what `fed` broke (Infinity, section 3.4). Without noise the two are the same.
+        `fed` are the tokens with a share `noise` of them wrong; later maps code what is left over *after the wrong ones*, so that
+        `tokens` teach to repair what `fed` broke (Infinity's self-correction). Without noise the two are the same.
         """
         tokens, fed, sums, vectors = [], [], [], []
         total = torch.zeros_like(f)
@@ -578,7 +580,7 @@ class Pyramid(nn.Module):
         return torch.cat(tokens, 1), torch.cat(fed, 1), sums, vectors
 
     def inputs(self, tokens, scales=None):
-        """Teacher forcing: tokens (B, L) -> (B, L, C). The input of map k is sum_{k-1}, averaged to s_k x s_k: zeros for the first.
+        """Teacher forcing: tokens (B, L) -> (B, L, C). The input of map k is sum_{k-1}, averaged to s_k x s_k; of the first, zeros.
 
         It lies cell on cell with its target, so nothing is shifted, and it depends on the maps before k alone.
         """
@@ -590,7 +592,7 @@ class Pyramid(nn.Module):
         return torch.cat(parts, 1)
 
     def sums(self, tokens, scales=None):
-        """tokens (B, L) -> [sum_1 .. sum_K], each (B, C, 8, 8); the decoder turns the last into the image, the others into previews."""
+        """tokens (B, L) -> [sum_1 .. sum_K], each (B, C, 8, 8): the decoder makes the image of the last, previews of the others."""
         scales = scales or self.scales
         sums = [self.codes.new_zeros(len(tokens), self.codes.shape[1], SIDE, SIDE)]
         for side, index in zip(scales, split_maps(tokens, scales)):
@@ -602,8 +604,9 @@ class Pyramid(nn.Module):
         if self.training and not self.count.any():
             self.start(f.detach(), generator)
         scales = self.scales
-        if self.absolute:  # any one map must do: draw its side, the last one half of the time
-            scales = [int(torch.randint(1, 2 * SIDE + 1, (), generator=generator).clamp(max=SIDE))] if self.training else [SIDE]
+        if self.absolute:  # any one map must do: in training draw its side, more than half of the time the last
+            side = torch.randint(1, 2 * SIDE + 1, (), generator=generator).clamp(max=SIDE) if self.training else SIDE
+            scales = [int(side)]
         tokens, _, sums, vectors = self.encode(f.detach(), scales)
         if self.training:
             self.update(torch.cat(vectors, 1), tokens, scales, generator)
@@ -611,8 +614,8 @@ class Pyramid(nn.Module):
             z = area(f, scales[0])
             q = F.embedding(tokens, self.codes)
             return self.grow(z + (q - z).detach(), scales[0]), tokens, self.commitment * F.mse_loss(z, q)
-        # every partial sum is pulled to f, which trains phi; f is pulled to the last sum alone (VAR: to every one; here that costs
-        # 0.5 dB, since f then shrinks towards what the coarse maps can say)
+        # every partial sum is pulled to f, which trains phi; f is pulled to the last sum alone. VAR pulls it to every one: here that
+        # cost 0.5 dB, since f then shrinks towards what the coarse maps can say
         loss = sum(F.mse_loss(s, f.detach()) for s in sums) / len(sums) + self.commitment * F.mse_loss(f, sums[-1].detach())
         return sums[-1] + f - f.detach(), tokens, loss
 
@@ -632,7 +635,7 @@ class Pyramid(nn.Module):
     def update(self, z, tokens, scales, generator):
         """codes = weighted sum of vectors / weight, both with exponential forgetting; then restart the dead.
 
-        z (B, L, C). A vector of map k weighs 1 / s_k^2: unweighted, the last map would own the codebook with its 64 of 85 vectors.
+        z (B, L, C). A vector of map k weighs 1 / s_k^2, so that all maps pull alike; the last one has 64 of the 85 vectors.
         """
         weight = torch.cat([torch.full((s * s,), 1 / s**2) for s in scales]).to(z).repeat(len(z))
         z, index = z.flatten(0, 1), tokens.flatten()
@@ -729,7 +732,10 @@ def rotate(x, rotations):
 
 
 class Block(nn.Module):
-    """x + g1 * attention(modulate(x)), then x + g2 * mlp(modulate(x)). Both output layers start at zero: a new block is the identity."""
+    """x + g1 * attention(modulate(norm(x))), then x + g2 * mlp(modulate(norm(x))); gates, scales, shifts from the class (AdaLN).
+
+    Both output layers start at zero and all gates at one: a new block is the identity.
+    """
 
     def __init__(self, dim, heads, own_condition):
         super().__init__()
@@ -745,7 +751,10 @@ class Block(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x, rotations, shared, label, mask=None, cache=None, start=0):
-        """x (B, N, d); rotations (N, D/2); shared (B, 6d) AdaLN of all blocks, label (B, d) for an own one; cache (2, B, H, L, D)"""
+        """x (B, N, d); rotations (N, D/2); shared (B, 6d): AdaLN of all blocks, or label (B, d) for an own one.
+
+        cache: None, or keys and values (2, B, H, L, D) to extend at slots start .. start + N.
+        """
         condition = self.offset + (shared if self.condition is None else self.condition(label))
         gate1, gate2, scale1, scale2, shift1, shift2 = condition[:, None].chunk(6, -1)
         qkv = self.qkv(norm(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.heads, -1))
@@ -798,12 +807,12 @@ class VAR(nn.Module):
         return torch.cat(parts, 1)
 
     def places(self, scales):
-        """Per slot, (L, d): where its cell lies (one 8 x 8 map, averaged for coarser ones) and in which map; and rotations (L, D/2)"""
+        """Per slot: vectors (L, d) of its cell (one learned 8 x 8 table, averaged for coarser maps) and of its map; rotations (L, D/2)"""
         added = torch.cat([area(self.place, s)[0] + self.level.weight[s] for s in scales])
         return added, torch.cat([self.rotations[s] for s in scales]).to(added.device)
 
     def run(self, known, before, labels, places, mask=None, cache=None, start=0):
-        """Slots start .. start + N: known (B, N, C) from the coarser maps, before (B, N) or None, labels (B,) -> logits (B, N, V)"""
+        """Logits (B, N, V) of slots start .. start + N: known (B, N, C) from the coarser maps, before (B, N) or None, labels (B,)"""
         added, rotations = (p[start:start + known.shape[1]] for p in places)
         x, label = self.word(known) + added, self.label(labels)
         if self.token is not None:
@@ -843,7 +852,7 @@ class Known:
     masks: dict
 
     def tokens(self, pyramid, total, side):
-        """-> tokens (B, s^2) that bring `total` closest to f, where to use them (s^2,). Coded anew: they repair free draws before."""
+        """-> tokens (B, s^2) that bring `total` closest to f, and where to use them (s^2,): coded anew, to repair the free draws."""
         z = area(self.f if pyramid.absolute else self.f - total, side)
         return kernels.nearest_code(z.flatten(0, 1), pyramid.codes).view(len(z), -1), self.masks[side].flatten().to(z.device)
 
@@ -858,7 +867,7 @@ def guide(conditional, unconditional, scale):
 
 
 def guidance_ramp(guidance, count):
-    """Guidance of each of `count` maps: none (1) at the first, full at the last, straight between, as in VAR; one map has it all.
+    """Guidance of each of `count` maps: none (1) at the first, full at the last, as in VAR; a single map has all of it.
 
     >>> guidance_ramp(2.5, 4)
     [1.0, 1.5, 2.0, 2.5]
@@ -895,9 +904,9 @@ def generate(model, pyramid, labels, generator, guidance=1.0, temperature=1.0, t
         for i, j in [(0, cells)] if model.parallel else [(i, i + 1) for i in range(cells)]:
             part = slice(first + i, first + j)
             if cached:
-                before = None if model.parallel else tokens[:, part.start - 1:part.stop - 1] if i else tokens[:, :1] * 0 + model.size
-                before = before if before is None else double(before)
-                logits = model.run(double(inputs[:, i:j]), before, both, places, None, cache, part.start)
+                before = None if model.parallel else model.before(tokens[:, first:first + cells], [side])[:, i:j]
+                logits = model.run(double(inputs[:, i:j]), before if model.parallel else double(before), both, places, None,
+                                   cache, part.start)
             else:
                 logits = model(double(pyramid.inputs(tokens, scales)), double(tokens), both, scales)[:, part]
             if guidance != 1:
@@ -917,8 +926,8 @@ def draw(config, run, labels, known=None, chunk=250):
     for i in range(0, len(labels), chunk):
         part = labels[i:i + chunk].to(device)
         some = known and Known(known.f[i:i + chunk], known.masks)
-        parts.append(generate(run.generator, run.tokenizer.pyramid, part, generator, config.guidance, config.temperature, top_k, top_p,
-                              scales, some))
+        parts.append(generate(run.generator, run.tokenizer.pyramid, part, generator, config.guidance, config.temperature, top_k,
+                              top_p, scales, some))
         bar.update(len(part))
     return torch.cat(parts)
 
@@ -952,7 +961,7 @@ def psnr(images, other):
 
 
 def tokenizer_metrics(tokenizer, images, f):
-    """Over all images (N, 32, 32) with latents f: PSNR of the image after each map; usage and perplexity of each map and of all."""
+    """Over all images (N, 32, 32) with latents f: PSNR after each map; usage and perplexity of each map and of all together."""
     pyramid = tokenizer.pyramid
     tokens = torch.cat([pyramid.encode(part)[0] for part in f.split(500)])
     shares, perplexities = zip(*(usage(m, len(pyramid.codes)) for m in split_maps(tokens, pyramid.scales)))
@@ -1090,8 +1099,8 @@ def calls_per_image(model, scales):
 def speed(config, run, batch):
     """Milliseconds per image, drawn `batch` at a time and decoded to pixels."""
     labels, scales = torch.zeros(batch, dtype=torch.long, device=run.device), sampling_scales(config)
-    once = lambda: paint(run.tokenizer, generate(run.generator, run.tokenizer.pyramid, labels, None, config.guidance, scales=scales), scales)
-    return milliseconds(once) / batch
+    tokens = lambda: generate(run.generator, run.tokenizer.pyramid, labels, None, config.guidance, scales=scales)
+    return milliseconds(lambda: paint(run.tokenizer, tokens(), scales)) / batch
 
 
 def evaluate(config, run, data, sweep=()):
@@ -1352,7 +1361,7 @@ def random_scales(generator):
 
 
 def generator_loss(run, f, labels, forward):
-    """Latents f (B, C, 8, 8), labels (B,) -> what is minimised; the part to show: cross-entropy in nats per token, refiner aside"""
+    """Latents f (B, C, 8, 8), labels (B,) -> what is minimised; the part to show: nats per token, without the refiner's"""
     config, model, pyramid = run.config, run.generator, run.tokenizer.pyramid
     hide = torch.rand(len(labels), generator=run.rng) < config.label_dropout
     labels = torch.where(hide, model.null, labels).to(f.device)
@@ -1369,7 +1378,10 @@ def generator_loss(run, f, labels, forward):
 
 
 def train(run, steps, batch, n, loss_of, validate, out):
-    """One stage: `loss_of(indices)` is minimised, `validate()` gives a dict with "score". Keeps OUT/last.pt; OUT/best.pt of the generator."""
+    """One stage. `loss_of(indices)` gives the loss, `validate()` a dict with a "score", lower is better.
+
+    Keeps OUT/last.pt, the newest state, and of the generator OUT/best.pt, the best score; fills run.history.
+    """
     config, stage = run.config, run.stage
     bar, began, losses = Progress(steps, stage, start=run.step), time.time() - run.seconds[stage], []
     with Interrupt() as stop:
@@ -1378,8 +1390,8 @@ def train(run, steps, batch, n, loss_of, validate, out):
             loss, shown = loss_of(batch_indices(run.step, size, n, config.seed))
             losses.append(shown.item())
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of the {stage} is {loss.item()} at step {run.step}: lower its learning rates; the last "
-                                f"checkpoint in {config.out} is still good")
+                raise UserError(f"the loss of the {stage} is {loss.item()} at step {run.step}: lower its learning rates; the "
+                                f"last checkpoint in {config.out} is still good")
             run.update(loss, steps)
             bar.update(loss=losses[-1])
             report = run.step % config.eval_every == 0 or run.step == steps
@@ -1395,7 +1407,8 @@ def train(run, steps, batch, n, loss_of, validate, out):
                     run.save(out / "best.pt")
                 run.save(out / "last.pt")
             if stop.asked:
-                raise KeyboardInterrupt(f"Step {run.step} of the {stage} is saved: the same command with --resume goes on from there")
+                raise KeyboardInterrupt(f"Step {run.step} of the {stage} is saved: the same command with --resume goes on "
+                                        "from there")
 
 
 def train_both(run, data, out):
@@ -1424,8 +1437,8 @@ def train_both(run, data, out):
         return {"score": float(nats.sum()), "val": float(nats.sum()), "nats_per_map": nats.tolist()}
 
     run.generator.train()
-    train(run, config.steps, config.batch, len(f), lambda chosen: generator_loss(run, f[chosen], data.train_labels[chosen], forward),
-          validate, out)
+    train(run, config.steps, config.batch, len(f),
+          lambda chosen: generator_loss(run, f[chosen], data.train_labels[chosen], forward), validate, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1478,7 +1491,8 @@ def draw_maps(run, data, tokens, scales, out):
     figure, axes = new_figure(6, 1.3 + 0.62 * (len(pyramid.scales) + len(scales)), 2)
     after = [paint(run.tokenizer, coded, upto=k + 1) for k in range(len(pyramid.scales))]
     name = lambda sides: ", ".join(f"{s}x{s}" for s in sides)
-    show_images(axes[0, 0], torch.cat([*after, data.test[:count]]), count, f"test images after the maps {name(pyramid.scales)}; original")
+    show_images(axes[0, 0], torch.cat([*after, data.test[:count]]), count,
+                f"test images after the maps {name(pyramid.scales)}; the originals")
     after = [paint(run.tokenizer, tokens[:count], scales, k + 1) for k in range(len(scales))]
     show_images(axes[1, 0], torch.cat(after), count, f"generated, after the maps {name(scales)}")
     save_figure(figure, out / "maps.png")
@@ -1525,7 +1539,7 @@ def keep(run, images, mask):
 
 
 def edit(config, run, data, out, count=10, draws=4):
-    """inpainting.png, outpainting.png, editing.png, superresolution.png: the trained model put to uses it was not trained for."""
+    """inpainting.png, outpainting.png, editing.png, superresolution.png: uses that the model was not trained for."""
     picked = torch.stack([(data.test_labels == c).nonzero()[0, 0] for c in data.test_labels.unique()[:count]])
     images, labels, count = data.test[picked], data.test_labels[picked], len(picked)
     again = lambda x: x.repeat(draws, *[1] * (x.ndim - 1))
@@ -1538,9 +1552,9 @@ def edit(config, run, data, out, count=10, draws=4):
         show_images(axes[0, 0], torch.cat([shown, drawn, images]), count, title)
         save_figure(figure, out / f"{name}.png")
 
-    page("inpainting", region(slice(8, 24), slice(8, 24)), labels, f"given with a hole; {draws} fillings; the originals")
+    page("inpainting", region(slice(12, 20), slice(4, 28)), labels, f"given with a hole; {draws} fillings; the originals")
     page("outpainting", ~region(slice(0, 16), slice(0, 32)), labels, f"given upper halves; {draws} completions; the originals")
-    page("editing", region(slice(16, 32), slice(0, 32)), labels.roll(1), f"upper halves kept, drawn as another class; the originals")
+    page("editing", region(slice(16, 32), slice(0, 32)), labels.roll(1), "upper halves kept, drawn as another class; the originals")
     # super-resolution: the coarse maps of a blurred image, the finer ones from the model
     low = F.interpolate(F.avg_pool2d(images[:, None].float(), 4), 32, mode="bicubic").clamp(0, 255)[:, 0].round().byte()
     known = Known(latents(run.tokenizer, again(low), run.device),
@@ -1548,7 +1562,8 @@ def edit(config, run, data, out, count=10, draws=4):
     drawn = redraw(known, again(labels))
     figure, axes = new_figure(6, 4.1)
     show_images(axes[0, 0], torch.cat([low, drawn, images]), count,
-                f"8x8 pixels, enlarged ({psnr(low, images):.1f} dB); {draws} draws of the fine maps ({psnr(drawn, again(images)):.1f} dB); originals")
+                f"8x8 pixels, enlarged ({psnr(low, images):.1f} dB); {draws} draws of the last map "
+                f"({psnr(drawn, again(images)):.1f} dB); originals")
     save_figure(figure, out / "superresolution.png")
 
 
@@ -1558,13 +1573,15 @@ def print_summary(metrics, scales):
     print(f"""
 map         {"".join(f"{f'{s}x{s}':>8}" for s in scales)}
 {row("PSNR, dB", m.rpsnr_per_map, ".1f")}   of the image after this map
-{row("usage", m.usage_per_map, ".0%")}   of the codes; all maps together {m.usage:.0%} (healthy: 95 % and more; coarse maps alone need few)
+{row("usage", m.usage_per_map, ".0%")}   of the codes; all maps together {m.usage:.0%} (healthy: 95 % and more)
 {row("perplexity", m.perplexity_per_map, ".0f")}   all maps together {m.perplexity:.0f}
-{row("nats", m.nats_per_map, ".1f")}   in all {m.val_nats_per_image:.1f} per image ({m.bits_per_image:.0f} bits); unigram baseline {m.unigram_nats_per_image:.1f}
+{row("nats", m.nats_per_map, ".1f")}   in all {m.val_nats_per_image:.1f} ({m.bits_per_image:.0f} bits); \
+unigram baseline {m.unigram_nats_per_image:.1f}
 
 quality     gFD {m.gfd:.2f}; floor (real training images) {m.gfd_floor:.2f}; ceiling (the tokenizer alone) {m.rfd:.2f}
             {m.class_accuracy:.1%} read as the class asked for (real: {m.judge_accuracy:.1%}); diversity {m.diversity:.2f} of real
-speed       {m.calls_per_image} calls, {m.tokens_per_image} tokens per image; {m.ms_per_image_b1:.0f} ms per image alone, {m.ms_per_image_b64:.1f} ms in a batch of 64
+speed       {m.calls_per_image} calls, {m.tokens_per_image} tokens per image; {m.ms_per_image_b1:.0f} ms alone, \
+{m.ms_per_image_b64:.1f} ms in a batch of 64
 total       {m.seconds:.0f} s, peak memory {m.peak_memory_mb:.0f} MB""")
 
 
@@ -1613,8 +1630,8 @@ def compare(config, out):
                 print(f"\n{name}, seed {seed}", flush=True)
                 tokenizer = "" if name in ("raster", "tokens") else str(out / f"tokens-{seed}" / "best.pt")
                 resume = config.resume and (folder / "last.pt").exists()
-                execute("all", dataclasses.replace(config, **change, seed=seed, out=str(folder), tokenizer=tokenizer, resume=resume),
-                        GUIDANCES)
+                changed = dict(change, seed=seed, out=str(folder), tokenizer=tokenizer, resume=resume)
+                execute("all", dataclasses.replace(config, **changed), GUIDANCES)
             results[name].append(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
     print_comparison(results)
     draw_comparison(results, out)
@@ -1630,12 +1647,11 @@ def mean_and_error(values, form):
 
 def print_comparison(results):
     """One row per variant: what does not depend on guidance; then gFD and class accuracy at each guidance."""
-    columns = {"calls_per_image": ("calls", ".0f"), "ms_per_image_b1": ("ms alone", ".1f"), "ms_per_image_b64": ("ms of 64", ".2f"),
+    columns = {"calls_per_image": ("calls", ".0f"), "ms_per_image_b1": ("ms alone", ".1f"), "ms_per_image_b64": ("ms in 64", ".2f"),
                "bits_per_image": ("bits per image", ".1f"), "rpsnr": ("PSNR, dB", ".2f"), "rfd": ("ceiling rFD", ".2f")}
     print("\n" + " " * 8 + "".join(f"{title:>16}" for title, _ in columns.values()))
     for name, runs in results.items():
-        cells = [statistics.median(m[key] for m in runs) if "ms" in key or "calls" in key else [m[key] for m in runs] for key in columns]
-        texts = [mean_and_error(c, form) if isinstance(c, list) else f"{c:{form}}" for c, (_, form) in zip(cells, columns.values())]
+        texts = [mean_and_error([m[key] for m in runs], form) for key, (_, form) in columns.items()]
         print(f"{name:<8}" + "".join(f"{text:>16}" for text in texts))
     for key, title, form in (("gfd", "gFD", ".2f"), ("class_accuracy", "class accuracy", ".3f"), ("diversity", "diversity", ".3f")):
         print(f"\n{title} at guidance" + "".join(f"{g:>18}" for g in GUIDANCES))
@@ -1657,8 +1673,9 @@ def draw_comparison(results, out):
         axes["bits"].bar(i, bits[-1], color=f"C{i}", alpha=0.5)
         axes["bits"].bar(i, bits[:-1].sum(), bottom=bits[-1], color=f"C{i}")
         with np.load(out / f"{name}-{runs[0]['seed']}" / "samples.npz") as file:
-            show_images(axes[name], torch.from_numpy(file["images"][:20]), 20, f"{name}: {runs[0]['calls_per_image']} calls per image")
-    axes["quality"].set(xlabel="class accuracy", ylabel="gFD, lower is better", title=f"guidance {', '.join(map(str, GUIDANCES))}; dots: seeds")
+            show_images(axes[name], torch.from_numpy(file["images"][:20]), 20, f"{name}: {runs[0]['calls_per_image']} calls")
+    axes["quality"].set(xlabel="class accuracy", ylabel="gFD, lower is better",
+                        title=f"guidance {', '.join(map(str, GUIDANCES))}; dots: seeds")
     axes["quality"].legend()
     axes["bits"].set(xticks=range(len(results)), xticklabels=list(results), ylabel="bits per image",
                      title="test likelihood; pale: the 8x8 map; raster codes other tokens")
@@ -1719,7 +1736,8 @@ def execute(part, config, sweep=()):
             run.history["tokenizer"] = borrowed["history"]["tokenizer"]
             run.enter("generator")
         train_both(run, data, out)
-        metrics["tokens_per_second"] = run.step * config.batch * sum(s * s for s in run.generator.scales) / max(run.seconds["generator"], 1e-9)
+        trained = run.step * config.batch * sum(s * s for s in run.generator.scales)
+        metrics["tokens_per_second"] = trained / max(run.seconds["generator"], 1e-9)
         saved = load_checkpoint(out / "best.pt")
     else:
         run.history = saved["history"]
