@@ -545,7 +545,7 @@ def _launch_attention(kernel, name, q, k, v, *tensors, mask, scale):
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
-        o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
+        o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         _launch_attention(_attention_forward, "forward", q, k, v, o, lse, mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.how = {"mask": mask, "scale": scale}
@@ -673,14 +673,15 @@ def _decode_merge(part_m, part_u, part_w, o, chunks, D: tl.constexpr, BLOCK_D: t
 
 def _decode_triton(q, k, v, lengths, scale, causal):
     (B, H, R, D), (Hkv, S), device = q.shape, k.shape[1:3], q.device
-    rows, block_n = _padded(H // Hkv * R), 16 if q.dtype == torch.float32 else 64
+    rows, (block_n, stages) = _padded(H // Hkv * R), (16, 2) if q.dtype == torch.float32 else (64, 3)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 4
     wanted = -(-16 * processors // (B * Hkv))  # sixteen programs a multiprocessor: several at once, a short last wave
     chunks = max(1, min(wanted, -(-S // (4 * block_n))))
-    part_m, part_u, part_w = (torch.empty(B * H * R, chunks, *tail, device=device) for tail in ((), (), (D,)))
+    sizes = (B * H * R, chunks), (B * H * R, chunks), (B * H * R, chunks, D)
+    part_m, part_u, part_w = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
     o = torch.empty(B * H * R, D, dtype=q.dtype, device=device)
     _launch(q, _decode_chunks, (chunks, Hkv, B), _view(q), _view(k), _view(v), part_m, part_u, part_w, lengths, R, S,
-            scale * LOG2_E, causal, _consts(q, k, rows, block_n), num_warps=4 if rows <= 16 else 8, num_stages=3)
+            scale * LOG2_E, causal, _consts(q, k, rows, block_n), num_warps=4 if rows <= 16 else 8, num_stages=stages)
     _launch(q, _decode_merge, (B * H * R,), part_m, part_u, part_w, o, chunks, D, _padded(D), num_warps=1)
     return o.view(B, H, R, D)
 
@@ -788,8 +789,8 @@ def scan_attention(s, v, state=None, return_state=False):
         out, state = _scan_torch(s, v, state)
     else:
         _for_kernel("scan_attention", v)
-        pad = _padded(D)
-        s, v, *before = s.contiguous(), v.contiguous(), *(x.float().contiguous() for x in state)
+        pad, before = _padded(D), [x.float().contiguous() for x in state]
+        s, v = s.contiguous(), v.contiguous()
         out, state = torch.empty_like(v), tuple(torch.empty_like(x) for x in before)
         _launch(s, _scan_prefixes, (math.prod(lead),), s, v, out, *before, *state, N, D, pad,
                 BLOCK_N=max(16, 1024 // pad), num_warps=4 if pad < 128 else 8)
@@ -862,8 +863,8 @@ def _sample(logits, noise, out, stride, noise_stride, V, inv_temperature, top_k,
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=None):
     """One token per row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)).
 
-    temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`, which may
-    live on the CPU: a seed then gives the same tokens on every device, up to rounding. Never waits for the GPU.
+    temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`. One on the
+    CPU gives the same tokens on every device, up to rounding, for the price of a copy; else nothing waits for the GPU.
     Numerics: float32 after the load; probabilities that round to one float32 are tied; NaN is not detected, but
     never drawn by the kernel. Kernel limit: V <= 32768, a row must fit the registers.
     """
@@ -875,7 +876,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
     if temperature == 0:
         return logits.argmax(-1)
     if noise is None:
-        noise = torch.empty(logits.shape, device=logits.device if generator is None else generator.device)
+        where = logits.device if generator is None else generator.device
+        noise = torch.empty(logits.shape, dtype=torch.float32, device=where)
         noise = noise.exponential_(generator=generator).clamp_(min=1e-30).to(logits.device)
     if path(logits).name == "reference":
         return sample_reference(logits, temperature, top_k, top_p, noise)

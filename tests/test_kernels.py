@@ -449,8 +449,7 @@ def unsupported_by_kernels():
         "use attention(mask=causal(65",
         lambda: d(torch.zeros(1, 1, 65, 16), torch.zeros(1, 1, 99, 16), torch.zeros(1, 1, 99, 16), 80),
     )
-    many = torch.zeros(1, 1, 1, 16).expand(65536, 1, 1, 16)
-    yield "split batch and heads below 65536", lambda: a(many, many, many)
+    yield "split batch and heads below 65536", lambda: kernels._launch(far, kernels._verify, (1, 1, 65536))
     yield "take at most 32768", lambda: kernels.sample(torch.zeros(1, 40000))
     yield "no kernel for head size 200", lambda: kernels.scan_attention(torch.zeros(1, 3), torch.zeros(1, 3, 200))
 
@@ -603,6 +602,18 @@ def test_a_second_derivative_is_refused_not_silently_zero(triton_path):
 
 
 @needs_interpreter
+def test_sums_are_float32_whatever_the_default_dtype(triton_path):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert attention_error(kernels.causal(17), batch=1) < 1e-5
+        q, cache = torch.randn(1, 2, 1, 16, dtype=torch.float32), torch.randn(1, 2, 20, 16, dtype=torch.float32)
+        truth = kernels.decode_reference(q.double(), cache.double(), cache.double(), 20)
+        assert relative(kernels.decode_attention(q, cache, cache, 20), truth) < 1e-5
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_interpreter
 def test_expanded_gradient_and_zero_strides(triton_path):
     x = [torch.randn(1, 2, 17, 16).requires_grad_() for _ in range(3)]
     ours = torch.autograd.grad(
@@ -667,6 +678,13 @@ def test_sample_kernel_draws_the_tokens_of_the_reference(V, top_k, top_p, triton
     logits[2] = -logits[2].abs() - 50  # negative keys only
     ours = kernels.sample(logits, 0.7, top_k, top_p, noise=noise)
     assert torch.equal(ours, kernels.sample_reference(logits, 0.7, top_k, top_p, noise)) and ours.dtype == torch.int64
+
+
+@needs_interpreter
+def test_sample_kernel_tells_close_logits_apart(triton_path):
+    logits, noise = torch.arange(100)[None] * 1e-6, torch.ones(1, 100)
+    noise[0, 94] = 0.01  # the sixth likeliest would win, but five are kept
+    assert kernels.sample(logits, 1.0, 5, noise=noise).tolist() == [99]
 
 
 @needs_interpreter
@@ -769,6 +787,7 @@ def compile_all(arch):
         ("tree", kernels.tree(range(-1, 129)), (2, 2), 32, bf16),
         ("grouped window", kernels.window(512, 200), (4, 2), 64, torch.float16),
         ("causal float32", kernels.causal(64), (2, 2), 64, f32),
+        ("causal float32", kernels.causal(64), (2, 2), 128, f32),
     ):  # fmt: skip
         case = f"{case} {size}"
         n = mask.shape[0]
@@ -778,7 +797,7 @@ def compile_all(arch):
         )
         out = kernels.attention(q, k, v, mask)
         out.backward(torch.zeros_like(out))
-    for rows, size, dtype in ((1, 64, bf16), (16, 128, bf16), (1, 64, f32)):
+    for rows, size, dtype in ((1, 64, bf16), (16, 128, bf16), (1, 64, f32), (16, 128, f32)):
         case = f"decode {rows} {size} {dtype}"
         cache = torch.zeros(2, 2, 512, size, dtype=dtype)
         kernels.decode_attention(torch.zeros(2, 8, rows, size, dtype=dtype), cache, cache, 100)
@@ -825,10 +844,12 @@ def compiled(request, tmp_path_factory):
 @pytest.mark.parametrize("arch, shared", [(80, 99 * 1024), (90, 227 * 1024)])
 def test_every_launch_compiles_within_bounds(arch, shared, compiled):
     reports = compiled[arch]
-    assert len(reports) == 6 * 3 + 3 * 2 + 2 + 2 + 1 + 2 + 8
+    assert len(reports) == 7 * 3 + 4 * 2 + 2 + 2 + 1 + 2 + 8
     for r in reports:
-        # bytes a thread. The loop over the heads of a group keeps more alive: 0 with Triton 3.9, 800 with 3.6
-        allowed = 1024 if "grouped" in r["case"] else 0
+        # bytes a thread. The loop over the heads of a group keeps more alive: 8 with Triton 3.9, 800 with 3.6;
+        # float32 heads of 128 fill the registers, 64 rows of them most
+        corners = {"grouped window 64": 1024, "causal float32 128": 128, "decode 16 128 torch.float32": 512}
+        allowed = corners.get(r["case"], 0)
         assert r["stack"] <= allowed, f"spills: {r}"
         assert r["shared"] <= shared, f"more shared memory than sm_{arch} has: {r}"
         assert r["registers"] <= 255, r
