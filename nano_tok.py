@@ -20,7 +20,8 @@ Images   32x32 image      latent z           nearest code         code vectors  
             1d    --tokens K for the whole image: learned queries read the cells, then "mask tokens" read the codes
                   (TiTok, Yu et al. 2024, arXiv:2406.07550); ordered by cutting off the tail in training (One-D-Piece,
                   Miwa et al. 2025, arXiv:2501.10064), so that every prefix decodes; --no-nested: all K or nothing
---mixer dense     two dense layers in place of the queries: better and faster on pictures as small as these
+--mixer dense     two dense layers in place of the queries: better pictures, sooner, but every token is about the whole
+                  picture, and a generator learns such tokens badly (queries settle on places: see codes.png)
 --perturb   a decoder that has seen wrong tokens forgives a generator's mistakes (Robust Latent Matters, Qiu et al.
             2025, arXiv:2503.08354)
 --learned-codebook   the textbook codebook, trained by gradient from a small random start: watch it collapse
