@@ -786,13 +786,13 @@ class VAR(nn.Module):
         self.place = nn.Parameter(torch.randn(1, dim, SIDE, SIDE) * 0.02)
         self.level = nn.Embedding(SIDE + 1, dim)        # by the side of the map
         nn.init.normal_(self.level.weight, std=0.02)
-        self.condition = nn.Linear(dim, 6 * dim, bias=False)
+        self.condition = None if own_condition else nn.Linear(dim, 6 * dim, bias=False)  # AdaLN of all blocks
         self.blocks = nn.ModuleList(Block(dim, heads, own_condition) for _ in range(depth))
         self.final = nn.Linear(dim, 2 * dim, bias=False)
         self.refiner = None                             # a small VAR that draws the last map
         self.head = nn.Linear(dim, size, bias=False)
         self.rotations = {s: rope_rotations(cell_centres(s), dim // heads) for s in range(1, SIDE + 1)}
-        for layer in (self.condition, self.final, self.head):
+        for layer in filter(None, (self.condition, self.final, self.head)):
             nn.init.zeros_(layer.weight)  # the first loss is exactly log V
 
     def mask(self, scales):
@@ -820,7 +820,7 @@ class VAR(nn.Module):
         if start == 0:
             x = torch.cat([x[:, :1] + label[:, None], x[:, 1:]], 1)
         label = F.silu(label)
-        shared = self.condition(label)
+        shared = None if self.condition is None else self.condition(label)
         for i, block in enumerate(self.blocks):
             x = block(x, rotations, shared, label, mask, None if cache is None else cache[i], start)
         scale, shift = self.final(label)[:, None].chunk(2, -1)
