@@ -177,16 +177,16 @@ class Config:
     dim: int = opt(128, "width", low=8, fixed=True)
     depth: int = opt(4, "number of blocks", low=1, fixed=True)
     heads: int = opt(4, "attention heads", low=1, fixed=True)
-    steps: int = opt(500, "optimizer steps of the generator", low=1, fixed=True)
-    batch: int = opt(64, "images per step of the generator", low=1, fixed=True)
+    steps: int = opt(1200, "optimizer steps of the generator", low=1, fixed=True)
+    batch: int = opt(32, "images per step of the generator", low=1, fixed=True)
     lr: float = opt(0.04, "its learning rate of Muon, for the matrices inside the blocks", low=0, fixed=True)
     lr_adam: float = opt(0.01, "its learning rate of AdamW, for embeddings and heads", low=0, fixed=True)
     label_dropout: float = opt(0.1, "share of labels hidden in training: guidance needs an unconditional model too",
                                low=0, high=1, fixed=True)
-    eval_every: int = opt(100, "steps between validations and checkpoints", low=1, fixed=True)
+    eval_every: int = opt(200, "steps between validations and checkpoints", low=1, fixed=True)
     # sampling
     samples: int = opt(2000, "images drawn for the metrics", low=10)
-    guidance: float = opt(2.0, "classifier-free guidance at the last map, rising from 1 (none) at the first", low=0)
+    guidance: float = opt(1.5, "classifier-free guidance at the last map, rising from 1 (none) at the first", low=0)
     temperature: float = opt(1.0, "divides the logits; 0 takes the most probable token", low=0)
     top_k: str = opt("0", "keep the k most probable tokens, 0 all: one number, or one per map as in 0,0,64,32")
     top_p: str = opt("1", "keep the most probable tokens up to this mass: one number, or one per map")
@@ -1649,7 +1649,8 @@ def print_comparison(results):
     """One row per variant: what does not depend on guidance; then gFD and class accuracy at each guidance."""
     columns = {"calls_per_image": ("calls", ".0f"), "ms_per_image_b1": ("ms alone", ".1f"), "ms_per_image_b64": ("ms in 64", ".2f"),
                "bits_per_image": ("bits per image", ".1f"), "rpsnr": ("PSNR, dB", ".2f"), "rfd": ("ceiling rFD", ".2f")}
-    print("\n" + " " * 8 + "".join(f"{title:>16}" for title, _ in columns.values()))
+    print(f"\nmeans over {len(results['raster'])} seeds ± their standard errors")
+    print(" " * 8 + "".join(f"{title:>16}" for title, _ in columns.values()))
     for name, runs in results.items():
         texts = [mean_and_error([m[key] for m in runs], form) for key, (_, form) in columns.items()]
         print(f"{name:<8}" + "".join(f"{text:>16}" for text in texts))
@@ -1678,7 +1679,7 @@ def draw_comparison(results, out):
                         title=f"guidance {', '.join(map(str, GUIDANCES))}; dots: seeds")
     axes["quality"].legend()
     axes["bits"].set(xticks=range(len(results)), xticklabels=list(results), ylabel="bits per image",
-                     title="test likelihood; pale: the 8x8 map; raster codes other tokens")
+                     title="-log2 p(test image); pale: the 8x8 map")
     save_figure(figure, out / "compare.png")
 
 

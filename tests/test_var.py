@@ -576,11 +576,11 @@ def test_compare(tmp_path, capsys):
     gfd = [m["sweep"][1]["gfd"] for m in results["tokens"]]  # guidance 1.5
     text = f"{np.mean(gfd):.2f} ± {abs(gfd[0] - gfd[1]) / 2:.2f}"  # of two values: s = |a - b| / sqrt 2, over sqrt 2
     assert text in table
-    assert results["scales"][0]["sweep"][2]["gfd"] == results["scales"][0]["gfd"]  # guidance 2 is the default
+    assert results["scales"][0]["sweep"][1]["gfd"] == results["scales"][0]["gfd"]  # guidance 1.5 is the default
     shared = [weights(tmp_path / f"{name}-1")["model"]["tokenizer"] for name in ("tokens", "scales", "markov")]
     assert_same(shared[0], shared[1]), assert_same(shared[0], shared[2])
     assert nano_var.main([*flags, "--resume"]) == results  # nothing is trained twice
-    assert "seed" not in capsys.readouterr().out
+    assert ", seed 1" not in capsys.readouterr().out
 
 
 def test_bench_reports_every_variant():
