@@ -177,13 +177,13 @@ class Config:
     dim: int = opt(128, "width", low=8, fixed=True)
     depth: int = opt(4, "number of blocks", low=1, fixed=True)
     heads: int = opt(4, "attention heads", low=1, fixed=True)
-    steps: int = opt(1200, "optimizer steps of the generator", low=1, fixed=True)
+    steps: int = opt(900, "optimizer steps of the generator", low=1, fixed=True)
     batch: int = opt(32, "images per step of the generator", low=1, fixed=True)
     lr: float = opt(0.04, "its learning rate of Muon, for the matrices inside the blocks", low=0, fixed=True)
     lr_adam: float = opt(0.01, "its learning rate of AdamW, for embeddings and heads", low=0, fixed=True)
     label_dropout: float = opt(0.1, "share of labels hidden in training: guidance needs an unconditional model too",
                                low=0, high=1, fixed=True)
-    eval_every: int = opt(200, "steps between validations and checkpoints", low=1, fixed=True)
+    eval_every: int = opt(250, "steps between validations and checkpoints", low=1, fixed=True)
     # sampling
     samples: int = opt(2000, "images drawn for the metrics", low=10)
     guidance: float = opt(1.5, "classifier-free guidance at the last map, rising from 1 (none) at the first", low=0)
