@@ -4,6 +4,7 @@ import doctest
 import itertools
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
@@ -481,6 +482,11 @@ sys.exit(nano_var.cli(lambda: nano_var.main(sys.argv[1:])))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def same_threads():
+    """Sums depend on how many threads share them: bit-identical means with the same number."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 # saves: last.pt at tokenizer steps 3, 6; then best.pt, last.pt at generator steps 3, 6
 @pytest.mark.parametrize("at, stage", [(2, "tokenizer"), (5, "generator")])
 @pytest.mark.parametrize("extra", [[], ["--noise", "0.2", "--refiner", "8"]], ids=["plain", "noise"])
@@ -488,7 +494,7 @@ def test_resume_is_bit_identical_even_after_a_kill_in_the_middle_of_a_write(tmp_
     flags = ["train", "--tok-steps", "6", "--steps", "6", "--eval-every", "3", *extra, *TINY]
     nano_var.main([*flags, "--out", str(tmp_path / "straight")])
     killed = subprocess.run([sys.executable, "-c", KILLER.format(at=at, signal="SIGKILL"), *flags, "--out", str(tmp_path / "killed")],
-                            cwd=ROOT, capture_output=True)
+                            cwd=ROOT, capture_output=True, env=same_threads())
     assert killed.returncode == -signal.SIGKILL
     assert (weights(tmp_path / "killed")["stage"], weights(tmp_path / "killed")["step"]) == (stage, 3)  # the old file, whole
     nano_var.main(["train", "--resume", "--device", "cpu", "--out", str(tmp_path / "killed")])  # flags come from the checkpoint
@@ -501,7 +507,7 @@ def test_resume_is_bit_identical_even_after_a_kill_in_the_middle_of_a_write(tmp_
 def test_sigterm_saves_at_a_step_boundary_and_says_how_to_resume(tmp_path):
     flags = ["train", "--tok-steps", "4", "--steps", "4", "--eval-every", "2", *TINY]
     stopped = subprocess.run([sys.executable, "-c", KILLER.format(at=1, signal="SIGTERM"), *flags, "--out", str(tmp_path / "a")],
-                             cwd=ROOT, capture_output=True, text=True)
+                             cwd=ROOT, capture_output=True, text=True, env=same_threads())
     assert stopped.returncode == 130 and "--resume" in stopped.stderr and "Traceback" not in stopped.stderr
     assert weights(tmp_path / "a")["stage"] == "tokenizer"
     nano_var.main([*flags, "--resume", "--out", str(tmp_path / "a")])
