@@ -202,6 +202,13 @@ def test_kmeans_start_gives_every_map_its_share():
     assert error(pyramid.codes[:8]) < 0.6 * first.var()
 
 
+def test_kmeans_start_codes_what_the_maps_before_left_over():
+    """Constant latents: the first map says all, so the later shares must be zero (phi starts as the identity)."""
+    pyramid, value = Pyramid([1, 2, 8], 12, 4), torch.tensor([1.0, -2.0, 3.0, 0.5])
+    pyramid.start(value.view(1, 4, 1, 1).expand(20, 4, 8, 8), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(pyramid.codes, torch.cat([value.expand(4, 4), torch.zeros(8, 4)]), atol=1e-5, rtol=0)
+
+
 # --- teacher forcing -------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +405,17 @@ def test_cosine_attention_ignores_lengths():
         for block in model.blocks:
             block.qkv.weight[:32] *= 7  # q and k
         torch.testing.assert_close(model(inputs, tokens, labels), before)
+
+
+def test_attention_starts_as_softmax_of_four_times_the_cosine():
+    torch.manual_seed(0)
+    block, x = nano_var.Block(16, 2, False).double(), torch.randn(1, 5, 16, dtype=torch.float64)
+    block.proj.weight.data = torch.eye(16, dtype=torch.float64)
+    places = nano_var.rope_rotations(torch.zeros(5, 2), 8)  # all at one place: nothing is turned
+    got = block(x, places, torch.zeros(1, 96, dtype=torch.float64), None, kernels.causal(5)) - x
+    q, k, v = (nano_var.norm(x) @ block.qkv.weight.mT)[0].view(5, 3, 2, 8).permute(1, 2, 0, 3)
+    cosine = F.cosine_similarity(q[:, :, None], k[:, None], dim=-1).masked_fill(~torch.ones(5, 5).tril().bool(), -math.inf)
+    torch.testing.assert_close(got[0], ((4 * cosine).softmax(-1) @ v).transpose(0, 1).flatten(1), atol=1e-6, rtol=0)
 
 
 # --- evaluation and data -------------------------------------------------------------------------------------------
