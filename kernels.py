@@ -1,214 +1,226 @@
-"""kernels: attention and sampling in Triton, each op beside the plain torch that it must equal.
+"""kernels: attention and sampling written in Triton, each op beside the plain torch that it must equal.
 
-    attention          one kernel for every mask of the course: causal, next-scale, Markov, window, tree, padding
-    decode_attention   a few new queries against a long KV cache, split over the keys
-    scan_attention     "Attention as an RNN": the attention output of every prefix, streaming or all at once
-    sample             temperature, top-k, top-p and the draw in one pass over the logits
-    verify             speculative sampling: accept, resample or bonus for a batch of drafted chains
-    nearest_code       argmin_k |x - c_k|^2 without the matrix of distances
+    attention          softmax(q k^T) v under every mask of the course: causal, scales, Markov, window, tree
+    decode_attention   a few new queries against a long cache of keys and values
+    scan_attention     the attention output of every prefix ("Attention as an RNN")
+    sample             temperature, top-k, top-p and the draw of a token, in one pass over the logits
+    verify             speculative sampling: which drafted tokens stay, and which token follows them
+    nearest_code       the nearest row of a codebook (plain torch only)
 
-One idea carries the first three. Seen from one query, a set of keys is summed up by three numbers: m, its largest
-score; u, the sum of e^(s-m); w, the sum of e^(s-m) v. The summaries of two disjoint sets merge into the summary of
-their union, and attention is w / u of all keys:
+One idea carries the first three. Seen from one query with scores s_j = q . k_j, a set of keys is summed up by
+m, its largest score; u, the sum of e^(s_j - m); and w, the sum of e^(s_j - m) v_j. The summaries of two
+disjoint sets merge into the summary of their union, and w / u of all keys is softmax attention:
 
-    flash attention      ((tile 0 + tile 1) + tile 2) + ...           a fold: one program walks over its queries' keys
-    split-K decoding     (chunk 0 + chunk 1) + (chunk 2 + chunk 3)    a tree: many programs share one query
-    attention as an RNN  k0,  k0 + k1,  k0 + k1 + k2,  ...            a scan: every prefix is an answer
+    flash attention      ((tile 0 + tile 1) + tile 2) + ...          a fold: one program walks along the keys
+    split-K decoding     chunk 0 + chunk 1 + chunk 2 + ...           a tree: many programs share one query
+    attention as an RNN  k0,  k0 + k1,  k0 + k1 + k2,  ...           a scan: every prefix is an answer
 
-CPU tensors take the torch path, CUDA tensors the kernel; `use("reference")` or `use("triton")` overrides that, and
-`path(tensor)` says which runs and why. Nothing here needs a GPU, or Triton, to be imported. What a kernel does not
-support is a ValueError that says what to do.
+Read `merge`, then `_fold`. Each op stands in the same order: torch reference, kernel, the function to call.
 
-    python kernels.py                      errors of every op against float64; on a GPU also times, beside torch's own
-    python kernels.py --plot kernels.png   the same, drawn
-    pytest tests/test_kernels.py           the kernels without a GPU: interpreted, and compiled for sm_80 and sm_90
+Which one runs: tensors on a CPU take torch; tensors on an NVIDIA GPU take the kernel if the GPU's generation
+is sm_80 or later (2020: A100, RTX 30), and torch if it is older, such as the free T4 (sm_75). `path(tensor)`
+says which and why; `use("reference")` and `use("triton")` override. Without Triton (macOS, Windows) all is
+torch.
 
-Each op in the same order: torch reference with its memory traffic, kernel, wrapper with checks, numerics and limits.
-Read `merge`, then `_fold`. Papers: online softmax (1805.02867), FlashAttention (2205.14135, 2307.08691), Flash-Decoding
-(Dao et al. 2023), Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling
-(2211.17192, 2302.01318). Left out on purpose: dropout, paged caches, fp8; tensor descriptors and warp specialisation
-(faster on Hopper, but hard to read).
+NO KERNEL HERE HAS EVER RUN ON A GPU: none was at hand. They ran in Triton's interpreter, on a CPU, against
+float64, and were compiled for sm_80 and sm_90. Their speed, and errors that only a device makes, are unknown.
+On a machine with a GPU these two commands check and time them:
+
+    TRITON_INTERPRET=0 pytest tests/test_kernels.py
+    python tests/bench_kernels.py
+
+Letters in shapes: B samples, H query heads, Hkv key heads, N queries, M keys, D numbers a head, V vocabulary.
+Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
+Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192,
+2302.01318), Flash-Decoding (Dao et al. 2023). Left out: dropout, paged caches, fp8, what only new GPUs can
+do.
 """
 
-import argparse
 import functools
 import itertools
 import math
 import os
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one instruction; Triton 3.9 warns if unsaid
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # a * b + c in one step; Triton 3.9 warns if unsaid
 try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
-except ImportError:  # macOS, Windows: every op still runs, by its torch path
-    triton, jit, tl = None, lambda fn: fn, SimpleNamespace(constexpr=None)
+    jit = triton.jit                                    # a function that kernels call
+    # A kernel. For each integer argument Triton would compile once more when it is 1 or a multiple of 16; not
+    # for these, which are lengths and change from call to call
+    lengths = ["N", "M", "R", "S", "rows", "chunks", "gamma"]
+    kernel = functools.partial(triton.jit, do_not_specialize=lengths)
+except ImportError:                                     # every op still runs, by its torch path
+    triton, tl = None, SimpleNamespace(constexpr=None)
+    jit = kernel = lambda function: function
 
-INF, LOG2_E, LN_2 = float("inf"), math.log2(math.e), math.log(2)
+INF = float("inf")
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)           # e^x = 2^(x LOG2_E) and log x = LN_2 log2 x
 
 
-def _check(ok, message):
-    if not ok:
-        raise ValueError(message)
-
-
-# --- the merge operator -----------------------------------------------------------------------------------------------
+# --- the merge operator -------------------------------------------------------------------------------------
 
 
 def summarize(scores, values):
-    """Summary (m, u, w) of a set of keys: scores (.., N, M), values (.., M, D) -> (.., N), (.., N), (.., N, D).
+    """Summary m (.., N), u (.., N), w (.., N, D) of M keys, from scores (.., N, M) and values (.., M, D).
 
-    >>> summarize(torch.tensor([[0., 0.]]), torch.tensor([[1.], [3.]]))      # largest score 0; e^0 + e^0; 1 e^0 + 3 e^0
+    Two keys with score 0, values 1 and 3: m = 0, u = e^0 + e^0 = 2, w = 1 e^0 + 3 e^0 = 4, output w / u = 2.
+
+    >>> summarize(torch.tensor([[0., 0.]]), torch.tensor([[1.], [3.]]))
     (tensor([0.]), tensor([2.]), tensor([[4.]]))
     """
-    m = scores.detach().amax(-1)  # only a shift: it cancels in w / u, so no gradient has to pass
-    p = torch.exp(scores - _finite(m)[..., None])
+    m = scores.detach().amax(-1)                    # only a shift: it cancels in w / u, so no gradient passes
+    p = torch.exp(scores - _finite(m)[..., None])   # (.., N, M), at most 1, where e^90 would overflow float32
     return m, p.sum(-1), p @ values
 
 
 def merge(a, b):
-    """Summary of the union of two disjoint sets. Associative and commutative; (-inf, 0, 0), the empty set, is neutral.
+    """Summary of the union of two disjoint sets of keys.
 
     (m, u, w) + (m', u', w') = (M, u e^(m-M) + u' e^(m'-M), w e^(m-M) + w' e^(m'-M)),   M = max(m, m')
+
+    Both sides are brought to the larger maximum M, then added. The order of merging does not matter, and
+    (-inf, 0, 0), the summary of no keys, changes nothing.
     """
-    (m1, u1, w1), (m2, u2, w2) = a, b
+    (m1, u1, w1), (m2, u2, w2) = a, b                   # m, u (.., N) and w (.., N, D)
     m = torch.maximum(m1.detach(), m2.detach())
-    x, y = torch.exp(m1 - _finite(m)), torch.exp(m2 - _finite(m))
+    x = torch.exp(m1 - _finite(m))                 # what the old sums are worth at the new maximum: at most 1
+    y = torch.exp(m2 - _finite(m))
     return m, u1 * x + u2 * y, w1 * x[..., None] + w2 * y[..., None]
 
 
 def finish(state):
-    """Output w / u and log-sum-exp m + log u; for the empty set 0 and -inf."""
+    """Attention output w / u (.., N, D), and log-sum-exp m + log u (.., N), the log of the sum of e^(s_j).
+
+    Of no keys: 0 and -inf.
+    """
     m, u, w = state
     return w / torch.where(u == 0, 1.0, u)[..., None], m + u.log()
 
 
 def _finite(m):
-    return torch.where(m == -INF, 0.0, m)  # -inf - -inf would be nan; with 0 an empty set weighs e^-inf = 0
+    """m as a shift. Of no keys it is -inf, and -inf - -inf is nan; shifted by 0 they weigh e^-inf = 0."""
+    return torch.where(m == -INF, 0.0, m)
+
+
+# How to read a kernel. It looks like numpy, but its arrays are tiles: small, with sides that are powers of
+# two and known when it is compiled (`tl.constexpr`), held in the registers of one processor of the GPU.
+# Launching a kernel starts many copies of it, "programs", in no fixed order; tl.program_id(0) tells each one
+# its number, and so its part of the result. A tensor arrives as a pointer to its first number:
+# tl.load(pointer + offsets) fetches a tile, tl.store writes one. `mask` marks the places that may be touched;
+# the others read as `other`.
 
 
 @jit
 def _merge(m1, u1, w1, m2, u2, w2):
-    """`merge` in a kernel. Scores are in base 2 there (times log2 e): exp2 is the instruction that the hardware has."""
+    """`merge` for kernels. There m is in base 2 (times log2 e): a GPU makes e^x from 2^x anyway."""
     m = tl.maximum(m1, m2)
     shift = tl.where(m == float("-inf"), 0.0, m)
     x, y = tl.exp2(m1 - shift), tl.exp2(m2 - shift)
     return m, u1 * x + u2 * y, w1 * x + w2 * y
 
 
-# --- masks: every mask of the course is three lists of integers -------------------------------------------------------
+# --- masks: every mask of the course is three lists of integers ---------------------------------------------
 
-Rule = namedtuple("Rule", "start end col bounds per_sample")  # a mask inside a kernel; per_sample 0: one for the batch
-_arange = functools.partial(torch.arange, device="cpu")  # masks are built on the CPU, whatever the default device
+_arange = functools.partial(torch.arange, device="cpu")     # masks are made on the CPU, always
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)                                     # eq=False: a mask is its own key in the caches below
 class Mask:
     """Query i sees key j  iff  row_start[i] <= j < row_end[i]  and  i < col_end[j].
 
-    row_start, row_end (1 or B, N), col_end (1 or B, M): int32, on the CPU. O(N + M) numbers instead of N x M, and
-    comparing a few tells whether a whole tile is empty or full. `a & b` intersects. Build once, use in every layer.
+    row_start, row_end (N,) and col_end (M,), int32 on the CPU: each query sees one run of keys, and each key
+    is seen down to some query. N + M numbers instead of N x M, and a few of them tell whether a whole tile is
+    empty or full. The functions below make masks and remember them; use one mask in every layer.
     """
 
     row_start: torch.Tensor
     row_end: torch.Tensor
     col_end: torch.Tensor
     name: str = "mask"
-    cache: dict = field(default_factory=dict, repr=False)  # what is derived from it, by device
 
     @property
     def shape(self):
-        return self.row_start.shape[-1], self.col_end.shape[-1]
+        return len(self.row_start), len(self.col_end)
 
-    @property
-    def batch(self):
-        return max(len(self.row_start), len(self.col_end))
-
-    def __and__(self, other):
-        _check(self.shape == other.shape, f"cannot intersect masks of shapes {self.shape} and {other.shape}")
-        start, end = torch.maximum(self.row_start, other.row_start), torch.minimum(self.row_end, other.row_end)
-        return Mask(start, end, torch.minimum(self.col_end, other.col_end), f"{self.name} & {other.name}")
-
-    def cached(self, make, *key):
-        if key not in self.cache:
-            self.cache[key] = make()
-        return self.cache[key]
-
+    @functools.lru_cache(maxsize=64)
     def dense(self, device="cpu"):
-        """Boolean (1 or B, 1, N, M), True where query i sees key j."""
-
-        def make():
-            i, j = _arange(self.shape[0])[:, None], _arange(self.shape[1])
-            seen = (self.row_start[..., None] <= j) & (j < self.row_end[..., None]) & (i < self.col_end[:, None])
-            return seen[:, None].to(device)
-
-        return self.cached(make, "dense", str(device))
+        """Boolean (1, 1, N, M), True where query i sees key j; the ones stand for batch and heads."""
+        i = _arange(self.shape[0])[:, None]                 # (N, 1)
+        j = _arange(self.shape[1])                          # (M,)
+        seen = (self.row_start[:, None] <= j) & (j < self.row_end[:, None]) & (i < self.col_end)
+        return seen[None, None].to(device)
 
     def draw(self):
-        """Text picture, `#` where a query (row) sees a key (column); one per sample."""
-        return "\n\n".join("\n".join("".join(".#"[x] for x in row) for row in one[0].tolist()) for one in self.dense())
+        """Text picture: a line for each query, `#` where it sees a key."""
+        return "\n".join("".join(".#"[seen] for seen in row) for row in self.dense()[0, 0].tolist())
 
     def tiles(self, block_m, block_n):
-        """Which tiles a kernel visits, per query tile and per key tile: (bounds (1 or B, tiles, 4), first, last).
+        """Which tiles of block_m queries x block_n keys are visited: bounds by query tiles and by key tiles.
 
-        bounds lo <= full_lo <= full_hi <= hi: tiles within full_lo..full_hi are seen whole, those before and after
-        partly, others not at all. first, last: which of these three runs occur anywhere.
-        causal(8).tiles(2, 2): the queries 4, 5 have [0, 0, 4, 6]: keys 0..3 need no mask, 4..5 do, 6..7 are not read.
+        causal(8) in tiles of 2 x 2, W = seen whole, P = partly, - = not at all:
+
+            keys   0 1  2 3  4 5  6 7
+            0, 1    P    -    -    -     0 0 0 2
+            2, 3    W    P    -    -     0 0 2 4
+            4, 5    W    W    P    -     0 0 4 6       lo, full_lo, full_hi, hi of the queries 4 and 5
+            6, 7    W    W    W    P     0 0 6 8
+
+        The keys from full_lo to before full_hi are seen whole and need no comparison; from lo to full_lo, and
+        from full_hi to hi, they are compared one by one; the others are never read, half of all under a
+        causal mask. Both are int32 (1, 1, tiles, 4), ones as in `dense`.
         """
-        (n, m), (start, end, col) = self.shape, (self.row_start, self.row_end, self.col_end)
-        (start_min, start_max), (end_min, end_max) = _extremes(start, block_m), _extremes(end, block_m)
-        col_min, col_max = (x[:, None] for x in _extremes(col, block_n))
-        i0, j0 = _arange(0, n, block_m)[:, None], _arange(0, m, block_n)
-        i1, j1 = i0 + block_m, j0 + block_n
-        some = (start_min[..., None] < j1) & (end_max[..., None] > j0) & (col_max > i0)
-        whole = (start_max[..., None] <= j0) & (end_min[..., None] >= j1) & (col_min >= i1) & (i1 <= n) & (j1 <= m)
-        return _runs(some, whole, block_n), _runs(some.mT, whole.mT, block_m)
+        n, m = self.shape
+        start_min, start_max = _extremes(self.row_start, block_m)               # (query tiles, 1)
+        end_min, end_max = _extremes(self.row_end, block_m)
+        col_min, col_max = _extremes(self.col_end, block_n)                     # (key tiles, 1)
+        i0, j0 = _arange(0, n, block_m)[:, None], _arange(0, m, block_n)        # where each tile starts ...
+        i1, j1 = i0 + block_m, j0 + block_n                                     # ... and ends
+        # both (query tiles, key tiles). `some` may hold a tile too many, which is then compared in vain
+        some = (start_min < j1) & (end_max > j0) & (col_max.T > i0)
+        whole = (start_max <= j0) & (end_min >= j1) & (col_min.T >= i1)
+        whole &= (i1 <= n) & (j1 <= m)                   # a tile that sticks out of the matrix is never whole
+        by_queries, by_keys = _runs(some, whole) * block_n, _runs(some.T, whole.T) * block_m
+        return by_queries[None, None], by_keys[None, None]
 
-    def rule(self, device, block_m, block_n, by_keys):
-        """The mask as kernels take it, `first` and `last` of `tiles`, and whether col_end hides anything at all."""
-
-        def make():
-            lists = (x.expand(self.batch, -1).contiguous() for x in (self.row_start, self.row_end, self.col_end))
-            bounds, first, last = self.tiles(block_m, block_n)[by_keys]
-            rule = Rule(*(x.to(device) for x in (*lists, bounds)), int(self.batch > 1))
-            return rule, first, last, bool((self.col_end < self.shape[0]).any())
-
-        return self.cached(make, "rule", str(device), block_m, block_n, by_keys)
+    @functools.lru_cache(maxsize=64)
+    def for_kernel(self, device, block_m, block_n, by_keys):
+        """row_start, row_end, col_end, and the bounds by query tiles (or by key tiles), on the device."""
+        bounds = self.tiles(block_m, block_n)[1 if by_keys else 0]
+        return [x.to(device).contiguous() for x in (self.row_start, self.row_end, self.col_end, bounds)]
 
 
 def _extremes(x, block):
-    """Smallest and largest entry of each block of x (.., n), the last of which may be shorter -> two (.., blocks)."""
-    low, high = (F.pad(x, (0, -x.shape[-1] % block), value=v).unflatten(-1, (-1, block)) for v in (2**31 - 1, -1))
-    return low.amin(-1), high.amax(-1)
+    """Smallest and largest entry of each block of the list x (n,) -> two columns (blocks, 1)."""
+    blocks = -(-len(x) // block)                            # n / block, rounded up
+    inside = _arange(blocks * block).clamp(max=len(x) - 1)  # the last block is filled up with the last entry
+    x = x[inside].view(blocks, block)
+    return x.amin(1, keepdim=True), x.amax(1, keepdim=True)
 
 
-def _runs(some, whole, block):
-    """Flags per tile (.., rows, tiles) -> what `Mask.tiles` returns. Whole tiles count up to the first gap."""
-    tiles = some.shape[-1]
-    t = _arange(tiles)
-    hi = torch.where(some, t + 1, 0).amax(-1)
-    lo = torch.where(some, t, tiles).amin(-1).minimum(hi)
-    full_lo = torch.where(whole, t, tiles).amin(-1)
-    full_hi = torch.where(~whole & (t > full_lo[..., None]), t, tiles).amin(-1)
-    none = full_lo == tiles  # nothing whole: all goes to the run after, if others need it too, else to the one before
-    place = lo if bool((~none & (full_hi < hi)).any()) else hi
-    bounds = torch.stack([lo, torch.where(none, place, full_lo), torch.where(none, place, full_hi), hi], -1)
-    occurs = [k for k in range(3) if bool((bounds[..., k] < bounds[..., k + 1]).any())] or [0]
-    return (bounds * block).int(), occurs[0], occurs[-1] + 1
+def _runs(some, whole):
+    """Flags (rows, tiles) -> lo, full_lo, full_hi, hi of each row, counted in tiles: (rows, 4) int32."""
+    t = _arange(some.shape[1])
+    hi = torch.where(some, t + 1, 0).amax(1)                # one past the last tile with something to see
+    lo = torch.where(some, t, hi[:, None]).amin(1)          # the first one; hi where there is nothing
+    full_lo = torch.where(whole.any(1), whole.int().argmax(1), lo)      # the first whole one, or lo
+    after = ~whole & (t >= full_lo[:, None])
+    full_hi = torch.where(after, t, hi[:, None]).amin(1)    # the first one behind it that is not whole
+    return torch.stack([lo, full_lo, full_hi, hi], 1).int()
 
 
 def _mask(name, start, end, m, col_end=None):
-    """Row i sees start[i] <= j < end[i] of m keys; `end` may be a list for each sample."""
+    """Query i sees start[i] <= j < end[i] of m keys; lists of integers. No col_end: it hides nothing."""
     lists = start, end, col_end or [len(start)] * m
-    start, end, col_end = (torch.atleast_2d(torch.tensor(x, dtype=torch.int32, device="cpu")) for x in lists)
-    return Mask(start.clamp(0, m).expand_as(end), end.clamp(0, m), col_end, name)
+    start, end, col_end = (torch.tensor(x, dtype=torch.int32, device="cpu") for x in lists)
+    return Mask(start.clamp(0, m), end.clamp(0, m), col_end, name)
 
 
 @functools.lru_cache(maxsize=256)
@@ -220,7 +232,7 @@ def full(n, m=None):
 
 @functools.lru_cache(maxsize=256)
 def causal(n, m=None):
-    """Every token sees itself and the past. With m > n keys the queries are the last n of m tokens (cached prefix).
+    """Every token sees itself and the past. With m > n keys the queries are the last n of m tokens.
 
     causal(4)  #...      causal(2, 5)  ####.
                ##..                    #####
@@ -246,7 +258,7 @@ def window(n, w):
 
 
 def scales(counts):
-    """Next-scale prediction (VAR): a token sees all tokens of its own and earlier scales. counts: tokens per scale.
+    """Next-scale prediction (VAR): a token sees its own scale and all before. counts: tokens of each scale.
 
     scales([1, 2, 1])  #...
                        ###.
@@ -257,7 +269,7 @@ def scales(counts):
 
 
 def markov(counts, previous=0):
-    """Scales with a short memory (HMAR, M-VAR): a token sees its own scale and `previous` scales before it.
+    """Scales with a short memory (HMAR, arXiv:2506.04421): the own scale and `previous` scales before it.
 
     markov([1, 2, 1])  #...      markov([1, 2, 1], previous=1)  #...
                        .##.                                     ###.
@@ -269,283 +281,295 @@ def markov(counts, previous=0):
 
 @functools.lru_cache(maxsize=256)
 def _scales(name, counts, previous):
-    _check(counts and min(counts) > 0, f"{name}({list(counts)}): every scale needs a positive number of tokens")
-    edges = [0, *itertools.accumulate(counts)]  # scale k holds the tokens edges[k] .. edges[k + 1]
-    scale = [k for k, count in enumerate(counts) for _ in range(count)]
-    return _mask(name, [edges[max(k - previous, 0)] for k in scale], [edges[k + 1] for k in scale], edges[-1])
+    _check(counts and min(counts) > 0, f"{name}({list(counts)}): every scale needs at least one token")
+    edges = [0, *itertools.accumulate(counts)]         # scale k holds the tokens edges[k] .. edges[k + 1] - 1
+    start, end = [], []
+    for k, count in enumerate(counts):
+        start += [edges[max(k - previous, 0)]] * count
+        end += [edges[k + 1]] * count
+    return _mask(name, start, end, edges[-1])
 
 
 def tree(parents, prefix=0):
     r"""Drafted tokens as a tree (SpecInfer): a node sees the prefix, its ancestors and itself.
 
-    parents[i]: parent of node i, -1 for a root. Nodes are numbered depth first (pre-order), so that a subtree is a run
-    of columns and the N x N mask is one integer per column.
+    parents[i] is the parent of node i, -1 for a root. Nodes are numbered depth first (pre-order): then j and
+    all nodes below it are the run j .. col_end[j] - 1, and "j is i or an ancestor of i" is j <= i <
+    col_end[j].
 
     tree([-1, 0, 1, 0])    0       #...
                           / \      ##..
                          1   3     ###.
                          2         #..#
     """
-    n, ancestors = len(parents), []
-    end = list(range(1, n + 1))  # one past the subtree of each node
+    n = len(parents)
+    col_end = list(range(1, n + 1))                         # so far each node is seen by itself alone
+    branch = []                                             # from the root down to the node before
     for i, parent in enumerate(parents):
-        while ancestors and ancestors[-1] != parent:
-            ancestors.pop()
-        follows = parent == -1 or ancestors
-        _check(follows, f"tree: node {i} does not follow its parent {parent}; renumber the nodes in pre-order")
-        ancestors.append(i)
-        for node in ancestors:
-            end[node] = i + 1
-    return _mask("tree", [0] * n, list(range(prefix + 1, prefix + n + 1)), prefix + n, [n] * prefix + end)
+        while branch and branch[-1] != parent:
+            branch.pop()
+        ordered = parent == -1 or branch
+        _check(ordered, f"tree: node {i} does not follow its parent {parent}; number the nodes in pre-order")
+        branch.append(i)
+        for node in branch:
+            col_end[node] = i + 1
+    start, end = [0] * n, list(range(prefix + 1, prefix + n + 1))
+    return _mask("tree", start, end, prefix + n, [n] * prefix + col_end)
 
 
-def padding(lengths, n, m=None):
-    """Ragged batch: sample b has lengths[b] real keys of m (default n). Combine: `causal(n) & padding(lengths, n)`.
-
-    padding([2, 3], 3)  ##.   ###
-                        ##.   ###
-                        ##.   ###
-    """
-    lengths, m = torch.as_tensor(lengths, device="cpu").flatten().tolist(), n if m is None else m
-    _check(max(lengths) <= m, f"padding: length {max(lengths)} exceeds the {m} keys")
-    return _mask("padding", [0] * n, [[length] * n for length in lengths], m)
-
-
-# --- attention --------------------------------------------------------------------------------------------------------
+# --- attention ----------------------------------------------------------------------------------------------
 
 
 def attention_reference(q, k, v, mask=None, scale=None):
-    """softmax(q k^T scale) v written out, in any float dtype. Returns output (B, H, N, D) and log-sum-exp (B, H, N).
+    """softmax(scale q k^T) v written out, any float dtype -> output (B, H, N, D), log-sum-exp (B, H, N).
 
-    Traffic: writes and reads the N x M scores twice, 4 N M elements a head, where the kernel moves (2 N + 2 M) D:
-    64 times less at N = M = 4096, D = 64. Rows that see nothing give 0 and -inf.
+    It writes and reads N x M scores twice, 4 N M numbers a head; the kernel moves q, k, v, o, (2 N + 2 M) D:
+    64 times fewer at N = M = 4096, D = 64. Attention waits for memory, not for arithmetic.
     """
-    k, v = _share_heads(q, k), _share_heads(q, v)
-    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    k, v = _share_heads(q, k), _share_heads(q, v)           # (B, H, M, D)
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)     # (B, H, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask.dense(q.device), -INF)
     return finish(summarize(scores, v))
 
 
 def _share_heads(q, k):
-    return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped queries
+    """Grouped queries: H / Hkv query heads in a row share one key head, repeated here -> (B, H, M, D)."""
+    return k if k.shape[1] == q.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
 def _attention_torch(q, k, v, mask, scale):
-    """torch's fused attention: is_causal where it applies, else a dense mask. Its bf16 backward is slow on a CPU: there
-    short 16-bit sequences are written out (at 64 tokens a third faster than float32), long ones cast to float32.
+    """torch's fused attention; 16-bit inputs on a CPU are written out if short, else computed in float32.
+
+    For torch's own bf16 backward is slow on a CPU: (B, H, N, D) = (64, 4, 64, 32), causal, forward and
+    backward took 34 ms fused in bf16, 12 ms fused in float32 and 5.5 ms written out in bf16 (one core with
+    bf16 products).
     """
-    k, v, dtype, name = _share_heads(q, k), _share_heads(q, v), q.dtype, "full" if mask is None else mask.name
+    k, v, dtype = _share_heads(q, k), _share_heads(q, v), q.dtype
     if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        no_empty_rows = name in ("full", "causal", "scales", "markov")
-        if no_empty_rows and 32**2 <= q.shape[2] * k.shape[2] <= 256**2:
-            scores = (q * scale) @ k.mT
-            if name != "full":
-                scores = scores + mask.cached(lambda: mask.dense()[0, 0].to(dtype).log(), dtype)  # 0 or -inf
-            return scores.softmax(-1) @ v  # softmax sums in float32 whatever the dtype
+        seen = mask.dense()
+        if seen.numel() <= 256**2 and bool(seen.any(-1).all()):         # softmax over no keys would be nan
+            scores = (q * scale) @ k.mT + seen.to(dtype).log()          # log 1 = 0, log 0 = -inf
+            return scores.softmax(-1) @ v                               # softmax sums in float32 inside
         q, k, v = q.float(), k.float(), v.float()
-    lower = name == "causal" and q.shape[2] == k.shape[2]
-    dense = None if lower or name == "full" else mask.dense(q.device)
+    lower = mask.name == "causal" and q.shape[2] == k.shape[2]          # torch has this mask built in
+    dense = None if lower or mask.name == "full" else mask.dense(q.device)
     return F.scaled_dot_product_attention(q, k, v, dense, is_causal=lower, scale=scale).to(dtype)
 
 
-View = namedtuple("View", "ptr batch head row dim")  # a (batch, head, row, dim) tensor in a kernel, with its strides
-# What an attention kernel is compiled for: query heads a key head; head size D, and the power of two that holds it;
-# queries and keys of a tile; how float32 is multiplied; has the mask column ends; which runs of tiles (`Mask.tiles`)
-Consts = namedtuple("Consts", "GROUP D BLOCK_D BLOCK_M BLOCK_N PRECISION COLS FIRST LAST")
-
-
-def _view(x):
-    return View(x, *x.stride()) if x.dim() == 4 else x
+# The kernels. All tensors are contiguous: (B, H, n, D) is B H matrices n x D in a row, matrix z = b H + h
+# starting at z n D. A program takes a tile of T = BLOCK_M queries of one head and walks along the keys, J =
+# BLOCK_N at a time. tl.dot is the product of two tiles on the tensor cores. They know float32 only with 10
+# bits of mantissa (tf32): "tf32x3" splits each number into two of those and adds the three products that
+# matter; 16-bit inputs do not need it. Sums are always float32.
 
 
 @jit
-def _load(x, b, h, rows, n, C, CHECK):
-    """Tile of the given rows of head h of sample b; 0 outside its n x D matrix. CHECK False: the rows are inside."""
-    d = tl.arange(0, C.BLOCK_D)
-    at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + d[None, :] * x.dim
-    if CHECK or C.BLOCK_D != C.D:
-        return tl.load(at, mask=(rows[:, None] < n) & (d[None, :] < C.D), other=0.0)
+def _load(matrix, rows, n, D: tl.constexpr, CHECK: tl.constexpr):
+    """The given rows (T,) of the n x D matrix at this pointer -> (T, D). CHECK: 0 for rows from n on."""
+    at = matrix + rows[:, None] * D + tl.arange(0, D)[None, :]
+    if CHECK:
+        return tl.load(at, mask=rows[:, None] < n, other=0.0)
     return tl.load(at)
 
 
 @jit
-def _store(x, tile, b, h, rows, n, C):
-    d = tl.arange(0, C.BLOCK_D)
-    at = x.ptr + b * x.batch + h * x.head + rows[:, None] * x.row + d[None, :] * x.dim
-    tl.store(at, tile.to(x.ptr.dtype.element_ty), mask=(rows[:, None] < n) & (d[None, :] < C.D))
+def _store(matrix, tile, rows, n, D: tl.constexpr):
+    """Write a tile (T, D) to the given rows of the n x D matrix, in its dtype."""
+    at = matrix + rows[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(at, tile.to(matrix.dtype.element_ty), mask=rows[:, None] < n)
 
 
 @jit
-def _seen(i, start, end, j, col, C):
-    """The mask of one tile, from integers; i, start, end broadcast against j, col."""
-    seen = (start <= j) & (j < end)
-    if C.COLS:
-        seen = seen & (i < col)
-    return seen
+def _fold(m, u, w, q, k, v, i, start, end, col_end, lo, hi, M, scale, D: tl.constexpr, BLOCK: tl.constexpr,
+          MASKED: tl.constexpr, COLUMNS: tl.constexpr):
+    """Merge the keys lo .. hi - 1 into the summaries of a tile of T queries. This loop is flash attention.
 
-
-@jit
-def _queries(rule, N, M, C):
-    """What a program of the two query-wise kernels works on: sample, head, rows, their mask, their tile bounds."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last rows see most under a causal mask: they start first
-    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)  # batch x heads x rows x size exceeds 32 bits
-    i, sample = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M), b * rule.per_sample
-    start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)
-    end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)  # rows beyond N: start = end = 0, they see nothing
-    bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
-    return b, h, i, (i[:, None], start[:, None], end[:, None], rule.col + sample * M), bounds
-
-
-@jit
-def _fold(m, u, w, q, k, v, b, h, rows, lo, hi, M, scale, C, MASKED):
-    """Merge the key tiles lo..hi into the summaries of a tile of queries. This loop is flash attention."""
-    i, start, end, col = rows
-    for j0 in range(lo, hi, C.BLOCK_N):
-        j = j0 + tl.arange(0, C.BLOCK_N)
-        s = tl.dot(q, tl.trans(_load(k, b, h, j, M, C, MASKED)), input_precision=C.PRECISION)
+    m, u (T,), w (T, D): the summaries so far. q (T, D): the queries. k, v: pointers to the head's keys and
+    values, M x D each. i, start, end (T,): numbers of the queries, and which keys they see. scale holds log2
+    e. MASKED: compare every pair; COLUMNS: also with col_end.
+    """
+    for j0 in range(lo, hi, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)                                # (J,) the keys of this tile
+        keys = _load(k, j, M, D, MASKED)                            # (J, D)
+        s = tl.dot(q, tl.trans(keys), input_precision="tf32x3")     # (T, J) scores, not yet scaled
         if MASKED:
-            c = tl.load(col + j, mask=j < M, other=0) if C.COLS else j
-            s = tl.where(_seen(i, start, end, j[None, :], c[None, :], C), s, float("-inf"))
-        # `merge`, only that the tile's own u' = sum(p) and w' = p v come out relative to the common maximum at once
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-        p, old = tl.exp2(s * scale - shift[:, None]), tl.exp2(m - shift)
-        values = _load(v, b, h, j, M, C, MASKED)
-        w = tl.dot(p.to(values.dtype), values, w * old[:, None], input_precision=C.PRECISION)
-        m, u = m_new, u * old + tl.sum(p, 1)
+            seen = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+            if COLUMNS:
+                seen = seen & (i[:, None] < tl.load(col_end + j, mask=j < M, other=0)[None, :])
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # (T,) the maximum never falls
+        # a query that has seen no key yet has m_new = -inf, and -inf - -inf is nan: shift by 0, and p =
+        # 2^-inf = 0
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # (T,)
+        p = tl.exp2(s * scale - shift[:, None])                   # (T, J) weights relative to the new maximum
+        # the old sums are relative to the old maximum; at the new one each of their terms is 2^(m - m_new) as
+        # large
+        old = tl.exp2(m - shift)                                    # (T,) at most 1
+        values = _load(v, j, M, D, MASKED)                          # (J, D)
+        # p is rounded to the dtype of v, because the tensor cores want two factors of one dtype: an error of
+        # at most 2^-9 of each weight in bf16. u sums p as it was before
+        w = w * old[:, None]
+        w = tl.dot(p.to(values.dtype), values, w, input_precision="tf32x3")     # (T, D): w + p v
+        u = u * old + tl.sum(p, 1)                                  # (T,)
+        m = m_new
     return m, u, w
 
 
-@jit
-def _attention_forward(q, k, v, o, lse, rule, N, M, scale, C: tl.constexpr):
-    """Grid (query tiles, heads, batch). scale holds log2 e."""
-    b, h, i, rows, bounds = _queries(rule, N, M, C)
-    queries = _load(q, b, h, i, N, C, True)
-    # 1. the empty summary
-    m, u = tl.full(i.shape, float("-inf"), tl.float32), tl.zeros(i.shape, tl.float32)
-    w = tl.zeros(queries.shape, tl.float32)
-    # 2. all key tiles that somebody sees: a partly masked run, a whole one without any comparison, a partly masked one
-    for run in tl.static_range(C.FIRST, C.LAST):
-        lo, hi = tl.load(bounds + run), tl.load(bounds + run + 1)
-        m, u, w = _fold(m, u, w, queries, k, v, b, h // C.GROUP, rows, lo, hi, M, scale, C, run != 1)
-    # 3. finish; a query that saw nothing has u = 0 and gives 0
-    _store(o, w / tl.where(u == 0, 1.0, u)[:, None], b, h, i, N, C)
-    tl.store(lse + (b * tl.num_programs(1) + h) * N + i, m + tl.log2(u), mask=i < N)  # in base 2, as backward wants it
+@kernel
+def _attention_forward(q, k, v, o, lse, row_start, row_end, col_end, bounds, N, M, scale,
+                       GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program for each tile of queries of each head: output (T, D), log-sum-exp (T,) for the backward."""
+    tiles = tl.cdiv(N, BLOCK_M)
+    z = (tl.program_id(0) // tiles).to(tl.int64)        # which of the B H matrices; z N D may exceed 32 bits
+    tile = tiles - 1 - tl.program_id(0) % tiles         # causal: the last rows see most, so they start first
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)          # (T,)
+    start = tl.load(row_start + i, mask=i < N, other=0)
+    end = tl.load(row_end + i, mask=i < N, other=0)    # rows from N on have start = end = 0: they see nothing
+    queries = _load(q + z * N * D, i, N, D, True)       # (T, D)
+    keys, values = k + z // GROUP * M * D, v + z // GROUP * M * D     # GROUP query heads in a row share these
+    # 1. the summary of no keys
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    u = tl.zeros([BLOCK_M], tl.float32)
+    w = tl.zeros([BLOCK_M, D], tl.float32)
+    # 2. the three runs of `Mask.tiles`: partly seen, whole, partly seen
+    for run in tl.static_range(3):
+        lo, hi = tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1)
+        m, u, w = _fold(m, u, w, queries, keys, values, i, start, end, col_end, lo, hi, M, scale, D, BLOCK_N,
+                        MASKED=run != 1, COLUMNS=True)
+    # 3. finish; a query that saw no key has u = 0 and gives 0
+    _store(o + z * N * D, w / tl.where(u == 0, 1.0, u)[:, None], i, N, D)
+    tl.store(lse + z * N + i, m + tl.log2(u), mask=i < N)               # in base 2, as the backward wants it
 
 
-@jit
-def _attention_dq(q, k, v, o, do, dq, lse, delta, rule, N, M, scale, C: tl.constexpr):
-    """Grid (query tiles, heads, batch). With p = e^(s - lse) recomputed, dp = do v^T and delta = rowsum(do o):
-    ds = p (dp - delta), dq = scale ds k. Stores delta for _attention_dkv, which runs after it."""
-    b, h, i, rows, bounds = _queries(rule, N, M, C)
-    row, start, end, col = rows
-    at = (b * tl.num_programs(1) + h) * N + i
-    queries, grads, out = _load(q, b, h, i, N, C, True), _load(do, b, h, i, N, C, True), _load(o, b, h, i, N, C, True)
-    rowsum = tl.sum(grads.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta + at, rowsum, mask=i < N)
-    row_lse, acc = tl.load(lse + at, mask=i < N, other=0.0), tl.zeros(queries.shape, tl.float32)
-    for run in tl.static_range(C.FIRST, C.LAST):
-        for j0 in range(tl.load(bounds + run), tl.load(bounds + run + 1), C.BLOCK_N):
-            j = j0 + tl.arange(0, C.BLOCK_N)
-            keys = _load(k, b, h // C.GROUP, j, M, C, run != 1)
-            p = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=C.PRECISION) * scale - row_lse[:, None])
+# The backward pass. The forward keeps o, and for each query one number, lse_i = log sum_j e^(s_ij). From it
+# every weight comes back, tile by tile: p_ij = e^(s_ij - lse_i), the finished softmax, without looking for a
+# maximum. Given do = dL/do, go through the forward from its end (FlashAttention-2, Algorithm 2):
+#
+#     o = p v              dv = p^T do                     a value receives what it was weighted with
+#                          dp = do v^T                     dp_ij = do_i . v_j
+#     p = softmax(s)       ds_ij = p_ij (dp_ij - delta_i)  delta_i = sum_j p_ij dp_ij
+#     s = scale q k^T      dq = scale ds k,  dk = scale ds^T q
+#
+# The third line: raising s_ij takes weight from all other keys in proportion, dp_ik / ds_ij = p_ik ([j = k] -
+# p_ij), so a key gains only if its dp is above the average, delta_i. That seems to need all keys before the
+# first can be used, but sum_j p_ij (do_i . v_j) = do_i . (sum_j p_ij v_j) = do_i . o_i, the product of two
+# rows at hand. Two keys with equal scores, values 1 and 3, do = 1: p = .5 .5, o = 2, dp = 1 3, delta = 2, ds
+# = -.5 +.5.
+#
+# Two kernels, because dq sums over keys, and dk and dv over queries: each program owns the rows that it sums,
+# and nobody adds to memory that others write. p is computed twice; the result never depends on who comes
+# first.
+
+
+@kernel
+def _attention_dq(q, k, v, do, dq, lse, delta, row_start, row_end, col_end, bounds, N, M, scale,
+                  GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program for each tile of queries of each head: dq (T, D)."""
+    tiles = tl.cdiv(N, BLOCK_M)
+    z = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tiles - 1 - tl.program_id(0) % tiles
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)                      # (T,)
+    start = tl.load(row_start + i, mask=i < N, other=0)[:, None]    # (T, 1), to be compared with (1, J)
+    end = tl.load(row_end + i, mask=i < N, other=0)[:, None]
+    queries = _load(q + z * N * D, i, N, D, True)                   # (T, D)
+    grads = _load(do + z * N * D, i, N, D, True)                    # (T, D)
+    row_lse = tl.load(lse + z * N + i, mask=i < N, other=0.0)       # (T,)
+    row_delta = tl.load(delta + z * N + i, mask=i < N, other=0.0)   # (T,)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for run in tl.static_range(3):
+        for j0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_N):
+            j = j0 + tl.arange(0, BLOCK_N)                          # (J,)
+            keys = _load(k + z // GROUP * M * D, j, M, D, run != 1)             # (J, D)
+            values = _load(v + z // GROUP * M * D, j, M, D, run != 1)           # (J, D)
+            s = tl.dot(queries, tl.trans(keys), input_precision="tf32x3")       # (T, J)
+            p = tl.exp2(s * scale - row_lse[:, None])                           # (T, J)
             if run != 1:
-                c = tl.load(col + j, mask=j < M, other=0) if C.COLS else j
-                p = tl.where(_seen(row, start, end, j[None, :], c[None, :], C), p, 0.0)
-            values = _load(v, b, h // C.GROUP, j, M, C, run != 1)
-            ds = p * (tl.dot(grads, tl.trans(values), input_precision=C.PRECISION) - rowsum[:, None])
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=C.PRECISION)
-    _store(dq, acc * (scale * 0.6931471805599453), b, h, i, N, C)  # ln 2 takes the log2 e out of scale again
+                col = tl.load(col_end + j, mask=j < M, other=0)[None, :]
+                p = tl.where((start <= j[None, :]) & (j[None, :] < end) & (i[:, None] < col), p, 0.0)
+            dp = tl.dot(grads, tl.trans(values), input_precision="tf32x3")      # (T, J)
+            ds = p * (dp - row_delta[:, None])                                  # (T, J)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")            # (T, D)
+    _store(dq + z * N * D, acc * (scale * 0.6931471805599453), i, N, D)   # ln 2 takes the log2 e out of scale
 
 
-@jit
-def _attention_dkv(q, k, v, do, dk, dv, lse, delta, rule, N, M, scale, C: tl.constexpr):
-    """Grid (key tiles, key heads, batch). dv = p^T do, dk = scale ds^T q, summed here over the query heads of the
-    group: no atomics, so the result does not depend on the order in which programs run."""
-    tile, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    j, sample = tile * C.BLOCK_N + tl.arange(0, C.BLOCK_N), b * rule.per_sample
-    keys, values = _load(k, b, h, j, M, C, True), _load(v, b, h, j, M, C, True)
-    col = tl.load(rule.col + sample * M + j, mask=j < M, other=0)[:, None]
-    bounds = rule.bounds + (sample * tl.num_programs(0) + tile) * 4
-    acc_k, acc_v = tl.zeros(keys.shape, tl.float32), tl.zeros(keys.shape, tl.float32)
-    for g in range(C.GROUP):
-        head = h * C.GROUP + g
-        row = (b * tl.num_programs(1) * C.GROUP + head) * N
-        for run in tl.static_range(C.FIRST, C.LAST):
-            for i0 in range(tl.load(bounds + run), tl.load(bounds + run + 1), C.BLOCK_M):
-                i = i0 + tl.arange(0, C.BLOCK_M)
-                queries, row_lse = _load(q, b, head, i, N, C, run != 1), tl.load(lse + row + i, mask=i < N, other=0.0)
-                s = tl.dot(keys, tl.trans(queries), input_precision=C.PRECISION)  # transposed: (keys, queries)
-                p = tl.exp2(s * scale - row_lse[None, :])
+@kernel
+def _attention_dkv(q, k, v, do, dk, dv, lse, delta, row_start, row_end, col_end, bounds, N, M, scale,
+                   GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program for each tile of keys of each key head: dk, dv (J, D), over the queries of GROUP heads."""
+    tiles = tl.cdiv(M, BLOCK_N)
+    z = (tl.program_id(0) // tiles).to(tl.int64)                    # which of the B Hkv matrices
+    tile = tl.program_id(0) % tiles                           # the first keys are seen most: start them first
+    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)                      # (J,)
+    keys = _load(k + z * M * D, j, M, D, True)                      # (J, D)
+    values = _load(v + z * M * D, j, M, D, True)                    # (J, D)
+    col = tl.load(col_end + j, mask=j < M, other=0)[:, None]        # (J, 1): here tiles are (keys, queries)
+    acc_k = tl.zeros([BLOCK_N, D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, D], tl.float32)
+    for head in range(z * GROUP, z * GROUP + GROUP):
+        for run in tl.static_range(3):
+            for i0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_M):
+                i = i0 + tl.arange(0, BLOCK_M)                      # (T,)
+                queries = _load(q + head * N * D, i, N, D, run != 1)            # (T, D)
+                grads = _load(do + head * N * D, i, N, D, run != 1)             # (T, D)
+                row_lse = tl.load(lse + head * N + i, mask=i < N, other=0.0)
+                row_delta = tl.load(delta + head * N + i, mask=i < N, other=0.0)
+                s = tl.dot(keys, tl.trans(queries), input_precision="tf32x3")   # (J, T)
+                p = tl.exp2(s * scale - row_lse[None, :])                       # (J, T)
                 if run != 1:
-                    start = tl.load(rule.start + sample * N + i, mask=i < N, other=0)[None, :]
-                    end = tl.load(rule.end + sample * N + i, mask=i < N, other=0)[None, :]
-                    p = tl.where(_seen(i[None, :], start, end, j[:, None], col, C), p, 0.0)
-                grads, rowsum = _load(do, b, head, i, N, C, run != 1), tl.load(delta + row + i, mask=i < N, other=0.0)
-                acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=C.PRECISION)
-                ds = p * (tl.dot(values, tl.trans(grads), input_precision=C.PRECISION) - rowsum[None, :])
-                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=C.PRECISION)
-    _store(dk, acc_k * (scale * 0.6931471805599453), b, h, j, M, C)
-    _store(dv, acc_v, b, h, j, M, C)
+                    start = tl.load(row_start + i, mask=i < N, other=0)[None, :]
+                    end = tl.load(row_end + i, mask=i < N, other=0)[None, :]
+                    p = tl.where((start <= j[:, None]) & (j[:, None] < end) & (i[None, :] < col), p, 0.0)
+                acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision="tf32x3")       # (J, D)
+                dp = tl.dot(values, tl.trans(grads), input_precision="tf32x3")  # (J, T)
+                ds = p * (dp - row_delta[None, :])                              # (J, T)
+                acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision="tf32x3")  # (J, D)
+    _store(dk + z * M * D, acc_k * (scale * 0.6931471805599453), j, M, D)
+    _store(dv + z * M * D, acc_v, j, M, D)
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) by head size, for 16-bit inputs. "sm_90" is Hopper, with 227 KB of shared
-# memory; "sm_80" all others, the smallest of which have 99 KB. Chosen from compile reports, not by timing: no spills,
-# and on Hopper wgmma in every product and two programs a multiprocessor at head size 64.
-TILES = {
-    ("forward", "sm_90"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-    ("forward", "sm_80"): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3)},
-    ("dq", "sm_90"): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2)},
-    ("dq", "sm_80"): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2)},
-    ("dkv", "sm_90"): {64: (64, 128, 8, 2), 128: (32, 128, 8, 2)},
-    ("dkv", "sm_80"): {64: (32, 128, 8, 2), 128: (64, 64, 8, 2)},
+# BLOCK_M, BLOCK_N, warps, stages for 16-bit inputs. A program is run by that many warps, of 32 threads each,
+# which share its tiles; stages is how many loads run ahead of the arithmetic, each of which keeps a tile in
+# the shared memory of the processor. "large" GPUs have 227 KB of that: sm_90 (H100), sm_100 (B200); "small"
+# ones at least 99 KB: all others, sm_120 (RTX 50) among them. Chosen by what the compiler reports (no
+# registers spilled into memory), never timed.
+TILES = {  # large, D <= 64   large, D <= 128  small, D <= 64   small, D <= 128
+    "forward": [(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
+    "dq": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+    "dkv": [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 2), (64, 64, 8, 2)],
 }
 
 
-def _arch(x):
-    if not x.is_cuda:
-        return "interpreter"
-    return "sm_90" if torch.cuda.get_device_capability(x.device)[0] == 9 else "sm_80"
+def _capability(x):
+    """(9, 0) means sm_90; (0, 0) a CPU, where kernels are interpreted."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (0, 0)
 
 
-def _tiles(kernel, q):
-    if _arch(q) == "interpreter":
+def _tiles(name, q):
+    major = _capability(q)[0]
+    if major == 0:
         return 64, 32, 4, 1
-    if q.dtype == torch.float32:  # three tensor-core products for one, and twice the registers
+    if q.dtype == torch.float32:                            # three products for one, registers twice as wide
         return 32, 32, 8, 2
-    return TILES[kernel, _arch(q)][64 if q.shape[-1] <= 64 else 128]
+    return TILES[name][(0 if major in (9, 10) else 2) + (0 if q.shape[-1] <= 64 else 1)]
 
 
-def _padded(n):
-    return max(16, 1 << (n - 1).bit_length())  # tl.arange wants a power of two, tl.dot at least 16
-
-
-def _consts(q, k, block_m, block_n, cols=False, first=0, last=3):
-    group, D, precision = q.shape[1] // k.shape[1], q.shape[-1], "tf32x3" if q.dtype == torch.float32 else "tf32"
-    return Consts(*map(tl.constexpr, (group, D, _padded(D), block_m, block_n, precision, cols, first, last)))
-
-
-def _launch(x, kernel, grid, *args, **constants):
-    """Triton launches on the current device: make that the one of x."""
-    _check(max(grid[1:], default=0) < 2**16, f"{kernel.__name__}: grid {grid}: split batch and heads below 65536 each")
-    with torch.cuda.device_of(x):
-        kernel[grid](*args, **constants)
-
-
-def _launch_attention(kernel, name, q, k, v, *tensors, mask, scale):
-    (B, H, N, _), (Hkv, M) = q.shape, k.shape[1:3]
+def _launch_attention(function, name, q, k, v, *tensors, mask, scale):
+    (B, H, N, D), (Hkv, M) = q.shape, k.shape[1:3]
     block_m, block_n, warps, stages = _tiles(name, q)
-    rule, first, last, cols = mask.rule(q.device, block_m, block_n, name == "dkv")
-    grid, tensors = (rule.bounds.shape[1], Hkv if name == "dkv" else H, B), [_view(x) for x in (q, k, v, *tensors)]
-    consts = _consts(q, k, block_m, block_n, cols, first, last)
-    _launch(q, kernel, grid, *tensors, rule, N, M, scale * LOG2_E, consts, num_warps=warps, num_stages=stages)
+    programs = B * Hkv * -(-M // block_n) if name == "dkv" else B * H * -(-N // block_m)
+    lists = mask.for_kernel(q.device, block_m, block_n, name == "dkv")
+    _launch(q, function, programs, q, k, v, *tensors, *lists, N, M, scale * LOG2_E, GROUP=H // Hkv, D=D,
+            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
 
 
 class _Attention(torch.autograd.Function):
+    """The three kernels as one differentiable function of contiguous tensors."""
+
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
-        o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        o = torch.empty_like(q)
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         _launch_attention(_attention_forward, "forward", q, k, v, o, lse, mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.how = {"mask": mask, "scale": scale}
@@ -553,43 +577,43 @@ class _Attention(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # a second derivative is an error, not silently zero
+    @torch.autograd.function.once_differentiable          # a second derivative is an error, not silently zero
     def backward(ctx, do, _):
         q, k, v, o, lse = ctx.saved_tensors
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-        _launch_attention(_attention_dq, "dq", q, k, v, o, do, dq, lse, delta, **ctx.how)
+        do = do.contiguous()                                # after a .sum() it is one number, repeated
+        delta = (do.float() * o.float()).sum(-1)            # (B, H, N)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _launch_attention(_attention_dq, "dq", q, k, v, do, dq, lse, delta, **ctx.how)
         _launch_attention(_attention_dkv, "dkv", q, k, v, do, dk, dv, lse, delta, **ctx.how)
         return dq, dk, dv, None, None
 
 
 def attention(q, k, v, mask=None, scale=None, return_lse=False):
-    """Masked attention with gradients. q (B, H, N, D), k and v (B, Hkv, M, D), Hkv divides H; mask: a Mask or None.
+    """Masked attention with gradients: q (B, H, N, D), k and v (B, Hkv, M, D) -> (B, H, N, D). Hkv divides H.
 
-    Returns (B, H, N, D), and with return_lse the log-sum-exp of the scores (B, H, N): float32, without gradient.
-    scale: D^-0.5 unless given. A row that sees no key gives 0 (and -inf). Under autocast the inputs are cast to its
-    dtype, on a CPU to float32.
-    Numerics: scores, softmax and sums in float32, the weights rounded to v's dtype before the second product; float32
-    inputs are multiplied as three tf32 products.
-    Kernel limits: float32, bf16, fp16; D <= 128, padded inside to a power of two; a head spans < 2^31 elements; at
-    most 65535 samples and heads; no second derivatives.
+    mask: a Mask, or None for all. scale: D^-0.5 unless given. A query that sees no key gives 0. return_lse:
+    also the log-sum-exp of the scores (B, H, N), float32 without gradient. Under autocast the inputs are cast
+    to its dtype, on a CPU to float32. Kernels: float32, bf16, fp16; D <= 128, padded with zeros to a power of
+    two; q, k, v are copied unless they are contiguous; a head holds fewer than 2^31 numbers; no second
+    derivatives.
 
     >>> x = torch.randn(1, 2, 5, 16)
-    >>> torch.allclose(attention(x, x, x, causal(5))[:, :, 0], x[:, :, 0])          # the first token sees only itself
+    >>> torch.allclose(attention(x, x, x, causal(5))[:, :, 0], x[:, :, 0])    # token 0 sees only itself
     True
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):
-        q, k, v = (x.to(torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)) for x in (q, k, v))
+        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = _check_attention("attention", q, k, v, scale)
-    (B, _, N, _), M = q.shape, k.shape[2]
+    N, M, D = q.shape[2], k.shape[2], q.shape[3]
     mask = full(N, M) if mask is None else mask
-    _check(isinstance(mask, Mask), "attention: mask must come from causal(), scales(), ...; None is full attention")
-    _check(mask.shape == (N, M), f"attention: mask {mask.name} is {mask.shape}, but there are {N} queries and {M} keys")
-    _check(mask.batch in (1, B), f"attention: mask {mask.name} is for a batch of {mask.batch}, q holds {B}")
+    _check(isinstance(mask, Mask), "attention: mask must come from causal(), scales(), ..., or be None")
+    _check(mask.shape == (N, M), f"attention: mask {mask.name} is {mask.shape}, the scores are {(N, M)}")
     with torch.autocast(device, enabled=False):
         if path(q).name == "triton":
             out, lse = _Attention.apply(*_for_kernel("attention", q, k, v), mask, scale)
-            out, lse = out.to(q.dtype), lse * LN_2
+            out, lse = out[..., :D].to(q.dtype), lse * LN_2
         elif return_lse:
             out, lse = attention_reference(q, k, v, mask, scale)
         else:
@@ -598,628 +622,517 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
 
 
 def _check_attention(op, q, k, v, scale):
-    Q, K, V = (tuple(x.shape) for x in (q, k, v))
-    _check(q.dim() == k.dim() == v.dim() == 4, f"{op}: q {Q}, k {K}, v {V} must be (batch, heads, length, head size)")
-    _check(K == V, f"{op}: k {K} and v {V} must have one shape; pad the smaller head size")
-    _check(K[0] == Q[0] and K[3] == Q[3], f"{op}: q {Q} and k {K} must agree in batch and head size")
-    _check(q.numel() > 0 and k.numel() > 0, f"{op}: q {Q} or k {K} is empty")
-    _check(Q[1] % K[1] == 0, f"{op}: {Q[1]} query heads cannot share {K[1]} key heads; take a multiple of them")
-    _check(q.dtype == k.dtype == v.dtype, f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; cast them to one dtype")
-    _check(q.device == k.device == v.device, f"{op}: q, k, v are on {q.device}, {k.device}, {v.device}; move them")
-    scale = Q[3] ** -0.5 if scale is None else scale
-    positive = isinstance(scale, (int, float)) and scale > 0
-    _check(positive, f"{op}: scale {scale} must be a positive number; multiply q by any other scale")
+    """What both paths need; returns the scale."""
+    (B, H, N, D), (_, Hkv, M, _) = (x.shape if x.dim() == 4 else (0, 0, 0, 0) for x in (q, k))
+    fits = k.shape == v.shape == (B, Hkv, M, D) and min(N, M, D) > 0 and H % Hkv == 0
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    _check(fits, f"{op}: {shapes} must be (B, H, N, D), twice (B, Hkv, M, D), Hkv divides H, none empty")
+    _check(q.dtype == k.dtype == v.dtype, f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, not one dtype")
+    scale = D ** -0.5 if scale is None else scale
+    _check(scale > 0, f"{op}: scale {scale} must be positive, or the largest q . k is not the largest score")
     return scale
 
 
 def _for_kernel(op, *tensors):
-    """Check what the kernels cannot do; the interpreter gets float32, because it computes bf16 wrongly, silently."""
+    """The tensors as kernels read them: contiguous, last dimension a power of two, at least 16.
+
+    Zeros behind q and k add nothing to their product; zeros behind v give zeros, which the caller cuts off.
+    """
+    D = tensors[0].shape[-1]
+    _check(D <= 128, f'{op}: no kernel for head size {D} > 128; use("reference")')
+    ready = []
     for x in tensors:
         known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         _check(known, f'{op}: no kernel for {x.dtype}; cast to float32, or use("reference")')
-        _check(x.shape[-1] <= 128, f'{op}: no kernel for head size {x.shape[-1]} > 128; use("reference")')
-        span = sum((n - 1) * stride for n, stride in zip(x.shape[2:], x.stride()[2:]))
-        _check(span < 2**31, f"{op}: one head spans {span} elements, 2^31 is the limit; make the tensor contiguous")
-    return [x.float() if interpreting() else x for x in tensors]
+        x = x.float() if interpreting() else x         # the interpreter computes bf16 wrongly, without a word
+        ready.append(F.pad(x, (0, _power_of_two(D) - D)).contiguous())
+    return ready
 
 
-# --- decode_attention -------------------------------------------------------------------------------------------------
+def _power_of_two(n):
+    return max(16, 1 << (n - 1).bit_length())               # 17 -> 32; tl.dot wants sides of at least 16
 
 
-def decode_reference(q, k_cache, v_cache, lengths, scale=None, causal=True):
-    """`attention_reference` with a mask for what each row of the cache holds, and each new token may see.
+# --- decode_attention ---------------------------------------------------------------------------------------
 
-    Traffic: every cached key and value is read once, 2 S D elements a head, for a handful of queries: memory is the
-    limit, not arithmetic.
+
+def _seen_by_new(q, k_cache, length, causal):
+    """Boolean (B, 1, R, S), or (1, 1, R, S) for one length: which places of the cache each new token sees."""
+    R, S = q.shape[2], k_cache.shape[2]
+    later = torch.arange(R - 1, -1, -1, device=q.device) * int(causal)         # (R,) new ones it must not see
+    end = torch.as_tensor(length, device=q.device).view(-1, 1) - later          # (B, R)
+    return torch.arange(S, device=q.device) < end[:, None, :, None]
+
+
+def decode_reference(q, k_cache, v_cache, length, scale=None, causal=True):
+    """`attention_reference` where each sample has a length of its own; arguments as in `decode_attention`.
+
+    A step reads every cached key and value once, 2 S D numbers a head, for a handful of queries. One program
+    for each head would leave most of a GPU idle meanwhile; hence the split over the keys below.
     """
-    (B, _, R, _), lengths = q.shape, torch.as_tensor(lengths).expand(len(q)).tolist()
-    end = [[n - (R - 1 - r if causal else 0) for r in range(R)] for n in lengths]
-    return attention_reference(q, k_cache, v_cache, _mask("decode", [0] * R, end, k_cache.shape[2]), scale)[0]
+    k, v = _share_heads(q, k_cache), _share_heads(q, v_cache)                       # (B, H, S, D)
+    scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)         # (B, H, R, S)
+    return finish(summarize(scores.masked_fill(~_seen_by_new(q, k, length, causal), -INF), v))[0]
 
 
-@jit
-def _decode_chunks(q, k, v, part_m, part_u, part_w, lengths, R, S, scale, CAUSAL: tl.constexpr, C: tl.constexpr):
-    """Grid (chunks, key heads, batch): the summary of one chunk of a cache row, for all queries that share the head."""
-    chunk, h, b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    x, d = tl.arange(0, C.BLOCK_M), tl.arange(0, C.BLOCK_D)
-    head, token, used = h * C.GROUP + x // R, x % R, x < C.GROUP * R  # row x of the tile: a head of the group, a token
-    length = tl.minimum(tl.load(lengths + b), S)
-    end = tl.where(used, length - (R - 1 - token) if CAUSAL else length, 0)
-    size = tl.cdiv(tl.cdiv(length, tl.num_programs(0)), C.BLOCK_N) * C.BLOCK_N  # equal parts of what this row holds
-    lo, hi = chunk * size, tl.minimum(chunk * size + size, length)
-    at = b * q.batch + head[:, None] * q.head + token[:, None] * q.row + d[None, :] * q.dim
-    queries = tl.load(q.ptr + at, mask=used[:, None] & (d[None, :] < C.D), other=0.0)
-    m, u = tl.full(x.shape, float("-inf"), tl.float32), tl.zeros(x.shape, tl.float32)
-    w = tl.zeros(queries.shape, tl.float32)
-    rows = (x[:, None], x[:, None] * 0, end[:, None], lengths)
-    m, u, w = _fold(m, u, w, queries, k, v, b, h, rows, lo, hi, length, scale, C, True)
-    row = ((b * tl.num_programs(1) * C.GROUP + head) * R + token) * tl.num_programs(0) + chunk
-    tl.store(part_m + row, m, mask=used)
-    tl.store(part_u + row, u, mask=used)
-    tl.store(part_w + row[:, None] * C.D + d[None, :], w, mask=used[:, None] & (d[None, :] < C.D))
+@kernel
+def _decode_chunks(q, k, v, part_o, part_lse, lengths, R, S, rows, chunks, scale, HEADS: tl.constexpr,
+                   CAUSAL: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program for each chunk of keys of each key head: output and log-sum-exp for all queries of the head.
 
-
-@jit
-def _decode_merge(part_m, part_u, part_w, o, chunks, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid (batch * heads * tokens): the operator once more, over the chunks of one query."""
-    d, row = tl.arange(0, BLOCK_D), tl.program_id(0).to(tl.int64)
-    part_m, part_u, part_w = part_m + row * chunks, part_u + row * chunks, part_w + row * chunks * D + d
-    m, u, w = tl.load(part_m), tl.load(part_u), tl.load(part_w, mask=d < D, other=0.0)
-    for c in range(1, chunks):
-        wc = tl.load(part_w + c * D, mask=d < D, other=0.0)
-        m, u, w = _merge(m, u, w, tl.load(part_m + c), tl.load(part_u + c), wc)
-    tl.store(o + row * D + d, (w / tl.where(u == 0, 1.0, u)).to(o.dtype.element_ty), mask=d < D)
-
-
-def _decode_triton(q, k, v, lengths, scale, causal):
-    (B, H, R, D), (Hkv, S), device = q.shape, k.shape[1:3], q.device
-    rows, (block_n, stages) = _padded(H // Hkv * R), (16, 2) if q.dtype == torch.float32 else (64, 3)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if q.is_cuda else 4
-    wanted = -(-16 * processors // (B * Hkv))  # sixteen programs a multiprocessor: several at once, a short last wave
-    chunks = max(1, min(wanted, -(-S // (4 * block_n))))
-    sizes = (B * H * R, chunks), (B * H * R, chunks), (B * H * R, chunks, D)
-    part_m, part_u, part_w = (torch.empty(size, dtype=torch.float32, device=device) for size in sizes)
-    o = torch.empty(B * H * R, D, dtype=q.dtype, device=device)
-    _launch(q, _decode_chunks, (chunks, Hkv, B), _view(q), _view(k), _view(v), part_m, part_u, part_w, lengths, R, S,
-            scale * LOG2_E, causal, _consts(q, k, rows, block_n), num_warps=4 if rows <= 16 else 8, num_stages=stages)
-    _launch(q, _decode_merge, (B * H * R,), part_m, part_u, part_w, o, chunks, D, _padded(D), num_warps=1)
-    return o.view(B, H, R, D)
-
-
-def _decode_torch(q, k, v, lengths, scale, chain):
-    R = q.shape[2]
-    if isinstance(lengths, int):  # the usual case: the filled part is a slice
-        mask = causal(R, lengths) if chain and R > 1 else None
-        return _attention_torch(q, k[:, :, :lengths], v[:, :, :lengths], mask, scale)
-    end = lengths[:, None] - torch.arange(R - 1, -1, -1, device=q.device) * int(chain)
-    seen = torch.arange(k.shape[2], device=q.device) < end[:, None, :, None]
-    return F.scaled_dot_product_attention(q, _share_heads(q, k), _share_heads(q, v), attn_mask=seen, scale=scale)
-
-
-def decode_attention(q, k_cache, v_cache, lengths, scale=None, causal=True):
-    """Attention of R new tokens against a preallocated cache. No gradient.
-
-    q (B, H, R, D); caches (B, Hkv, S, D), of which row b holds lengths[b] tokens, *the R new ones included*; lengths:
-    int or (B,) integers. The new tokens are the last R: query r sees keys j < lengths[b] - (R - 1 - r), or with
-    causal=False all of them (the tokens of one scale see one another). R > 1 verifies a drafted chain in one call.
-    Returns (B, H, R, D). Kernel limits: as `attention`, and R H / Hkv <= 64.
+    The queries of the H / Hkv heads that share a key head lie one after the other, R tokens each: rows = R H
+    / Hkv, and row x is token x % R. Together they fill a tile of ROWS >= rows; the tensor cores take 16 at
+    least anyway.
     """
+    z = (tl.program_id(0) // chunks).to(tl.int64)       # which of the B Hkv matrices; HEADS = Hkv
+    chunk = tl.program_id(0) % chunks
+    x = tl.arange(0, ROWS)
+    length = tl.minimum(tl.load(lengths + z // HEADS), S)               # beyond S lies somebody else's memory
+    end = length - (R - 1 - x % R) if CAUSAL else length + x * 0        # (ROWS,) the last token sees most
+    size = tl.cdiv(tl.cdiv(length, chunks), BLOCK) * BLOCK              # equal parts, but in whole tiles
+    lo = chunk * size
+    hi = tl.minimum(lo + size, length)
+    queries = _load(q + z * rows * D, x, rows, D, True)                 # (ROWS, D)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    u = tl.zeros([ROWS], tl.float32)
+    w = tl.zeros([ROWS, D], tl.float32)
+    # no column ends here: `lengths` stands in for that list, unread
+    m, u, w = _fold(m, u, w, queries, k + z * S * D, v + z * S * D, x, x * 0, end, lengths, lo, hi, length,
+                    scale, D, BLOCK, MASKED=True, COLUMNS=False)
+    part = tl.program_id(0).to(tl.int64) * rows         # part_lse (B Hkv, chunks, rows), part_o (.., rows, D)
+    _store(part_o + part * D, w / tl.where(u == 0, 1.0, u)[:, None], x, rows, D)
+    tl.store(part_lse + part + x, m + tl.log2(u), mask=x < rows)
+
+
+@kernel
+def _decode_merge(part_o, part_lse, o, rows, chunks, D: tl.constexpr, BLOCK: tl.constexpr):
+    """A program for each query: merge its chunks. A finished chunk is a summary too: m = lse, u = 1, w = o.
+
+    All at once instead of two by two: the order does not matter, and so nothing waits for a chain of merges.
+    """
+    query = tl.program_id(0).to(tl.int64)               # row x of matrix z
+    z, x = query // rows, query % rows
+    c, d = tl.arange(0, BLOCK), tl.arange(0, D)
+    at = (z * chunks + c) * rows + x                # (BLOCK,) where each chunk left the summary of this query
+    lse = tl.load(part_lse + at, mask=c < chunks, other=float("-inf"))                          # (BLOCK,)
+    outputs = tl.load(part_o + at[:, None] * D + d[None, :], mask=c[:, None] < chunks, other=0.0)
+    top = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))                            # (BLOCK,)
+    u = tl.sum(weight, 0)                                                                       # one number
+    w = tl.sum(weight[:, None] * outputs, 0)                                                    # (D,)
+    tl.store(o + query * D + d, w / tl.where(u == 0, 1.0, u))
+
+
+def _decode_triton(q, k, v, length, scale, causal):
+    (B, H, R, D), (Hkv, S) = q.shape, k.shape[1:3]
+    rows = R * H // Hkv
+    block, stages = (16, 2) if q.dtype == torch.float32 else (64, 3)    # keys of a tile
+    chunks = min(64, -(-S // 256))              # of 256 keys, in longer caches longer: all fit one tile later
+    part_o = torch.empty(B * Hkv, chunks, rows, D, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(B * Hkv, chunks, rows, dtype=torch.float32, device=q.device)
+    o = torch.empty_like(q)
+    _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, length, R, S, rows, chunks,
+            scale * LOG2_E, HEADS=Hkv, CAUSAL=causal, D=D, ROWS=_power_of_two(rows), BLOCK=block,
+            num_warps=4 if rows <= 16 else 8, num_stages=stages)
+    _launch(q, _decode_merge, B * H * R, part_o, part_lse, o, rows, chunks, D=D, BLOCK=_power_of_two(chunks))
+    return o
+
+
+_causal = causal                                        # which the argument `causal` hides below
+
+
+def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
+    """R new tokens against a cache of S places: q (B, H, R, D), caches (B, Hkv, S, D) -> (B, H, R, D).
+
+    length: how many tokens the cache holds, *the R new ones included*; an int, or (B,) integers. The new
+    tokens are the last R of them: query r sees the keys j < length - (R - 1 - r), or with causal=False all
+    (the tokens of one scale see one another). No mask is needed: what a new token sees is a prefix of the
+    cache, one number. Kernel: as `attention`, R H / Hkv <= 64; a cache that is not contiguous, or whose D is
+    not 16, 32, 64 or 128, is copied at every call; a length above S counts as S.
+    """
+    op, S = "decode_attention", k_cache.shape[2]
     if torch.is_autocast_enabled(q.device.type):
-        q = q.to(k_cache.dtype)  # the cache is what it is
-    op, (B, H, R, _), S = "decode_attention", q.shape, k_cache.shape[2]
+        q = q.to(k_cache.dtype)                         # the cache is what it is
     scale = _check_attention(op, q, k_cache, v_cache, scale)
-    one_length = isinstance(lengths, int)
-    if one_length:
-        _check(R <= lengths <= S, f"{op}: length {lengths} must hold the {R} new tokens, in {S} places of the cache")
+    B, H, R, D = q.shape
+    if isinstance(length, int):
+        _check(R <= length <= S, f"{op}: length {length} must be from {R} (new) to {S} (places)")
     else:
-        lengths = torch.as_tensor(lengths, device=q.device)
-        _check(lengths.shape == (B,), f"{op}: lengths {tuple(lengths.shape)} must be one int or of shape ({B},)")
+        length = torch.as_tensor(length, device=q.device)
+        _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
     if path(q).name == "triton":
-        group = H // k_cache.shape[1]
-        _check(R * group <= 64, f"{op}: {R} tokens x {group} heads > 64; use attention(mask=causal({R}, length))")
-        lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device) if one_length else lengths.int()
-        return _decode_triton(*_for_kernel(op, q, k_cache, v_cache), lengths, scale, causal).to(q.dtype)
+        rows = R * H // k_cache.shape[1]
+        _check(rows <= 64, f"{op}: {rows} queries a key head > 64; use attention(mask=causal({R}, length))")
+        length = torch.as_tensor(length, dtype=torch.int32, device=q.device).expand(B).contiguous()
+        tensors = _for_kernel(op, q, k_cache, v_cache)
+        return _decode_triton(*tensors, length, scale, causal)[..., :D].to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        return _decode_torch(q, k_cache, v_cache, lengths, scale, causal)
+        if not isinstance(length, int):
+            seen = _seen_by_new(q, k_cache, length, causal)
+            k, v = _share_heads(q, k_cache), _share_heads(q, v_cache)
+            return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
+        mask = _causal(R, length) if causal and R > 1 else full(R, length)
+        k_filled, v_filled = k_cache[:, :, :length], v_cache[:, :, :length]
+        return _attention_torch(q, k_filled, v_filled, mask, scale)
 
 
-# --- scan_attention ---------------------------------------------------------------------------------------------------
+# --- scan_attention -----------------------------------------------------------------------------------------
 
 
 def scan_reference(s, v):
-    """Softmax over every prefix, written out: s (.., N), v (.., N, D) -> (.., N, D). Traffic: forms N^2 weights."""
+    """Softmax over every prefix, written out with N x N weights: s (.., N), v (.., N, D) -> (.., N, D)."""
     past = torch.ones(s.shape[-1], s.shape[-1], dtype=torch.bool, device=s.device).tril()
     return s[..., None, :].masked_fill(~past, -INF).softmax(-1) @ v
 
 
-def _nothing(s, v):
-    """The summary of no keys."""
-    return torch.full_like(s[..., 0], -INF), torch.zeros_like(s[..., 0]), torch.zeros_like(v[..., 0, :])
-
-
 def _scan_torch(s, v, before):
-    """log2 N rounds (Hillis and Steele): after round r every position has merged with the 2^r - 1 before it."""
-    dim, n, step = s.dim() - 1, s.shape[-1] + 1, 1
-    now = [torch.cat([x.unsqueeze(dim), y], dim) for x, y in zip(before, (s, torch.ones_like(s), v))]
-    while step < n:
-        merged = merge([x.narrow(dim, 0, n - step) for x in now], [x.narrow(dim, step, n - step) for x in now])
-        now = [torch.cat([x.narrow(dim, 0, step), y], dim) for x, y in zip(now, merged)]
+    """Parallel scan (Hillis and Steele): log2 N rounds, not N steps -> outputs (.., N, D), last summary.
+
+    Place t starts as the summary of key t alone, and merges with the place 1, then 2, then 4, ... before it:
+
+        at first    0     1      2      3      4          a-b: the summary of the keys a .. b
+        round 1     0     0-1    1-2    2-3    3-4
+        round 2     0     0-1    0-2    0-3    1-4
+        round 3     0     0-1    0-2    0-3    0-4
+
+    `before`, the summary of what came earlier, stands in front as one more place.
+    """
+    dim, places, step = s.dim() - 1, s.shape[-1] + 1, 1
+    own = s, torch.ones_like(s), v                      # of a single key: m = s, u = e^0, w = e^0 v
+    now = [torch.cat([x.unsqueeze(dim), y], dim) for x, y in zip(before, own)]
+    while step < places:
+        left = [x.narrow(dim, 0, places - step) for x in now]           # narrow: a slice, here of the places
+        right = [x.narrow(dim, step, places - step) for x in now]
+        now = [torch.cat([x.narrow(dim, 0, step), y], dim) for x, y in zip(now, merge(left, right))]
         step *= 2
-    return finish(now)[0].narrow(dim, 1, n - 1), tuple(x.select(dim, n - 1) for x in now)
+    return finish(now)[0].narrow(dim, 1, places - 1), tuple(x.select(dim, places - 1) for x in now)
 
 
-@jit
-def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Grid (rows): scan a chunk of keys, merge it with all before, go on. Every value is read once and written once."""
-    row, d, n = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
-    one = tl.zeros([BLOCK_N, BLOCK_D], tl.float32) + 1.0
-    m = tl.load(m0 + row) * 1.4426950408889634 + d * 0.0  # the scan wants equal shapes: m and u are repeated over d
-    u, w = tl.load(u0 + row) + d * 0.0, tl.load(w0 + row * D + d, mask=d < D, other=0.0)
-    for j0 in range(0, N, BLOCK_N):
-        j = j0 + n
-        at, inside = (row * N + j[:, None]) * D + d[None, :], (j[:, None] < N) & (d[None, :] < D)
+@kernel
+def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK: tl.constexpr):
+    """A program for each row of scores: scan a chunk of BLOCK keys, merge it with all before, go on.
+
+    m0, u0, w0: the summary of what came earlier; m1, u1, w1: of everything. The scan of a triple wants three
+    tiles of one shape, so m and u are repeated along D. Triton 3.0 is said to have miscompiled such scans.
+    """
+    row, d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
+    m = tl.load(m0 + row) * 1.4426950408889634 + d * 0.0            # (D,) equal numbers, in base 2
+    u = tl.load(u0 + row) + d * 0.0                                 # (D,)
+    w = tl.load(w0 + row * D + d)                                   # (D,)
+    one = tl.full([BLOCK, D], 1.0, tl.float32)
+    for j0 in range(0, N, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)                                # (BLOCK,)
         score = tl.load(s + row * N + j, mask=j < N, other=float("-inf")).to(tl.float32) * 1.4426950408889634
-        value = tl.load(v + at, mask=inside, other=0.0).to(tl.float32)
+        value = _load(v + row * N * D, j, N, D, True).to(tl.float32)            # (BLOCK, D)
         pm, pu, pw = tl.associative_scan((score[:, None] * one, one, value), 0, _merge)
-        pm, pu, pw = _merge(m[None, :], u[None, :], w[None, :], pm, pu, pw)
-        tl.store(o + at, (pw / tl.where(pu == 0, 1.0, pu)).to(o.dtype.element_ty), mask=inside)
-        last = (n == BLOCK_N - 1)[:, None]  # keys beyond N weigh nothing: the last row is the state after the chunk
-        m, u = tl.sum(tl.where(last, pm, 0.0), 0), tl.sum(tl.where(last, pu, 0.0), 0)
+        pm, pu, pw = _merge(m[None, :], u[None, :], w[None, :], pm, pu, pw)     # (BLOCK, D): of keys 0 .. j
+        _store(o + row * N * D, pw / tl.where(pu == 0, 1.0, pu), j, N, D)
+        last = (j == j0 + BLOCK - 1)[:, None]                  # keys from N on weigh nothing: the last row is
+        m = tl.sum(tl.where(last, pm, 0.0), 0)                      # the summary after this chunk
+        u = tl.sum(tl.where(last, pu, 0.0), 0)
         w = tl.sum(tl.where(last, pw, 0.0), 0)
-    tl.store(m1 + row + d * 0, m * 0.6931471805599453, mask=d == 0)
-    tl.store(u1 + row + d * 0, u, mask=d == 0)
-    tl.store(w1 + row * D + d, w, mask=d < D)
+    tl.store(m1 + row, tl.max(m, 0) * 0.6931471805599453)        # one of the D equal numbers, in base e again
+    tl.store(u1 + row, tl.max(u, 0))
+    tl.store(w1 + row * D + d, w)
 
 
 def scan_attention(s, v, state=None, return_state=False):
-    """Attention as an RNN (Aaren): scores s (.., N) of a fixed query, values v (.., N, D) -> all prefixes (.., N, D).
+    """Attention as an RNN (Aaren): scores s (.., N), values v (.., N, D) -> every prefix (.., N, D).
 
-    state: the summary (m, u, w) of everything before, as return_state gives it back: a sequence fed in pieces, or
-    token by token in constant memory, gives the same outputs as fed whole.
-    Where a gradient is asked for, the torch path runs also on a GPU. Kernel limit: D <= 128. Numerics: float32.
+    s are the scores of one fixed query. state: the summary (m, u, w) of everything before, as return_state
+    gives it back. A sequence fed in pieces, or token by token in constant memory, gives the same outputs as
+    fed whole. Where a gradient is asked for, the torch path runs also on a GPU. Kernel: D <= 128, in float32.
 
     >>> out, state = scan_attention(s[:, :7], v[:, :7], return_state=True)
-    >>> rest = scan_attention(s[:, 7:], v[:, 7:], state)                            # == scan_attention(s, v)[:, 7:]
+    >>> rest = scan_attention(s[:, 7:], v[:, 7:], state)            # == scan_attention(s, v)[:, 7:]
     """
-    fits = s.shape == v.shape[:-1] and s.numel() > 0
-    _check(fits, f"scan_attention: s {tuple(s.shape)} must be v {tuple(v.shape)} without its last dimension, not empty")
-    (*lead, N, D), state = v.shape, _nothing(s, v) if state is None else state
+    shapes = f"s {tuple(s.shape)} and v {tuple(v.shape)}"
+    _check(s.shape == v.shape[:-1] and s.numel() > 0, f"scan_attention: {shapes} must be (.., N), (.., N, D)")
+    if state is None:                                   # the summary of no keys
+        state = torch.full_like(s[..., 0], -INF), torch.zeros_like(s[..., 0]), torch.zeros_like(v[..., 0, :])
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (s, v, *state))
     if gradient or path(s).name == "reference":
         out, state = _scan_torch(s, v, state)
     else:
-        _for_kernel("scan_attention", v)
-        pad, before = _padded(D), [x.float().contiguous() for x in state]
-        s, v = s.contiguous(), v.contiguous()
-        out, state = torch.empty_like(v), tuple(torch.empty_like(x) for x in before)
-        _launch(s, _scan_prefixes, (math.prod(lead),), s, v, out, *before, *state, N, D, pad,
-                BLOCK_N=max(16, 1024 // pad), num_warps=4 if pad < 128 else 8)
+        N, D = v.shape[-2:]
+        values, w = _for_kernel("scan_attention", v, state[2])
+        before = [x.float().contiguous() for x in (state[0], state[1], w)]
+        out, after = torch.empty_like(values), [torch.empty_like(x) for x in before]
+        block = max(16, 1024 // values.shape[-1])       # 1024 numbers a tile
+        _launch(s, _scan_prefixes, s.numel() // N, s.contiguous(), values, out, *before, *after, N,
+                D=values.shape[-1], BLOCK=block)
+        out, state = out[..., :D].to(v.dtype), (after[0], after[1], after[2][..., :D])
     return (out, state) if return_state else out
 
 
-# --- sample -----------------------------------------------------------------------------------------------------------
+# --- sample -------------------------------------------------------------------------------------------------
 
 
 def truncate(logits, top_k=0, top_p=1.0):
-    """Logits (.., V), all but the likeliest tokens at -inf: first top-k, then top-p on what remains (0 and 1.0: off).
+    """Logits (.., V), all but the likeliest at -inf: first top-k, then top-p on what remains. 0 and 1.0: off.
 
-    top-k keeps the k largest; top-p keeps a token iff the tokens *strictly* likelier than it hold less than top_p of
-    the mass, so at least one. Tokens tied with the last one kept are all kept (torch.topk would pick among them).
-    Traffic: a sort moves V log V elements a row; the kernel reads V.
+    top-k keeps the k largest; top-p keeps a token iff the tokens *strictly* likelier than it hold less than
+    top_p of the mass, so at least one. Tokens tied with the last one kept are all kept (torch.topk would pick
+    one).
 
-    >>> truncate(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), top_p=0.7).exp()   # 0.5 < 0.7: keep the second, too
+    >>> truncate(torch.tensor([0.5, 0.25, 0.125, 0.125]).log(), top_p=0.7).exp()        # 0.5 < 0.7: two stay
     tensor([0.5000, 0.2500, 0.0000, 0.0000])
     """
-    _check_truncation(top_k, top_p)
     if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -INF)
+        smallest = logits.topk(top_k, dim=-1).values[..., -1:]          # (.., 1) of those to keep
+        logits = logits.masked_fill(logits < smallest, -INF)
     if top_p < 1:
-        ordered = logits.sort(dim=-1, descending=True).values
+        ordered = logits.sort(dim=-1, descending=True).values           # (.., V)
         p = ordered.float().softmax(-1)
-        kept = (p.cumsum(-1) - p < top_p).sum(-1, keepdim=True).clamp(min=1)  # 0 if p is NaN
+        likelier = p.cumsum(-1) - p                                     # mass of the tokens before each
+        kept = (likelier < top_p).sum(-1, keepdim=True).clamp(min=1)    # (.., 1); the sum is 0 if p is nan
         logits = logits.masked_fill(logits < ordered.gather(-1, kept - 1), -INF)
     return logits
 
 
-def _check_truncation(top_k, top_p):
-    _check(top_k >= 0, f"sample: top_k {top_k} must be 0 (off) or positive")
-    _check(0 < top_p <= 1, f"sample: top_p {top_p} must be above 0 and at most 1 (off)")
-
-
 def sample_reference(logits, temperature, top_k, top_p, noise):
-    """Divide, truncate, race: token j arrives after the exponential time noise_j / p_j; first with probability p_j."""
+    """Divide, truncate, race: token j arrives at the time noise_j / p_j, where noise_j is a unit exponential.
+
+    The first to arrive is j with probability p_j exactly. So a draw is an argmax, and p need not sum to one.
+    """
     logits = truncate(logits.float() / temperature, top_k, top_p)
-    return ((logits - logits.amax(-1, keepdim=True)).exp() / noise).argmax(-1)
+    p = (logits - logits.amax(-1, keepdim=True)).exp()      # (.., V), 1 for the likeliest
+    return (p / noise).argmax(-1)
 
 
 @jit
 def _keep_likeliest(p, weight, need):
-    """p >= 0, with 0 below the largest t such that sum(weight where p >= t) >= need. Exact without a sort: floats >= 0
-    are ordered like their bits, read as an integer, and 31 bisections find any 31-bit integer."""
+    """p (V,) >= 0, with 0 below t, the largest t such that the weights of all p >= t sum to `need` or more.
+
+    Exact and without a sort, by halving an interval of integers that holds t. Five probabilities in per cent,
+    p = 50, 20, 15, 10, 5, weight = p, need = 80 (top-p 0.8):
+
+        t in  0 .. 50: try 25, 50 is too little                   t in 12 .. 17: try 15, 85 is enough
+        t in  0 .. 24: try 12, 50 + 20 + 15 = 85 is enough        t in 15 .. 17: try 16, 70 is too little
+        t in 12 .. 24: try 18, 50 + 20 = 70 is too little         t = 15: the three likeliest stay
+
+    Weight 1 and need k is top-k. Floats >= 0 are ordered like their bits read as an integer, so floats are
+    halved as integers (bitcast), and 31 rounds find any of the 2^31.
+    """
     lo, hi = 0, tl.max(p, 0).to(tl.int32, bitcast=True)
     for _ in range(31):
-        mid = lo + ((hi - lo + 1) >> 1)
-        enough = tl.sum(tl.where(p >= mid.to(tl.float32, bitcast=True), weight, 0.0), 0) >= need
-        lo, hi = tl.where(enough, mid, lo), tl.where(enough, hi, mid - 1)
+        middle = lo + ((hi - lo + 1) >> 1)
+        enough = tl.sum(tl.where(p >= middle.to(tl.float32, bitcast=True), weight, 0.0), 0) >= need
+        lo, hi = tl.where(enough, middle, lo), tl.where(enough, hi, middle - 1)
     return tl.where(p >= lo.to(tl.float32, bitcast=True), p, 0.0)
 
 
-@jit
-def _sample(logits, noise, out, stride, noise_stride, V, inv_temperature, top_k, top_p, TOP_K: tl.constexpr,
-            TOP_P: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid (rows). The row stays in registers: logits and noise are read once, one integer is written."""
+@kernel
+def _sample(logits, noise, out, V, temperature, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+            BLOCK: tl.constexpr):
+    """A program for each row, which stays in registers: logits and noise are read once, a token written."""
     row, j = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    x = tl.load(logits + row * stride + j, mask=j < V, other=float("-inf")).to(tl.float32) * inv_temperature
-    p = tl.exp2((x - tl.max(x, 0)) * 1.4426950408889634)
-    p = tl.where(p > 0, p, 0.0)  # NaN is never drawn: its index could point beyond the row
+    x = tl.load(logits + row * V + j, mask=j < V, other=float("-inf")).to(tl.float32) / temperature
+    p = tl.exp2((x - tl.max(x, 0)) * 1.4426950408889634)    # (BLOCK,)
+    p = tl.where(p > 0, p, 0.0)                            # nan is never drawn: it could point beyond the row
     if TOP_K:
         p = _keep_likeliest(p, 1.0, top_k)
     if TOP_P:
         p = _keep_likeliest(p, p, top_p * tl.sum(p, 0))
-    race = p / tl.load(noise + row * noise_stride + j, mask=j < V, other=1.0)
+    race = p / tl.load(noise + row * V + j, mask=j < V, other=1.0)
     tl.store(out + row, tl.argmax(race, 0))
 
 
 def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=None):
-    """One token per row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)).
+    """A token a row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)).
 
-    temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`. One on the
-    CPU gives the same tokens on every device, up to rounding, for the price of a copy; else nothing waits for the GPU.
-    Numerics: float32 after the load; probabilities that round to one float32 are tied; NaN is not detected, but
-    never drawn by the kernel. Kernel limit: V <= 32768, a row must fit the registers.
+    temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`.
+    One on the CPU gives the same noise on every device, for the price of a copy; one on the GPU saves the
+    copy. Kernel: in float32, probabilities that round to one float32 are tied; V <= 32768, what registers
+    hold.
     """
     V = logits.shape[-1]
     _check(temperature >= 0, f"sample: temperature {temperature} must not be negative")
-    _check_truncation(top_k, top_p)
-    fits = noise is None or noise.shape == logits.shape
-    _check(fits, f"sample: noise must have the shape of the logits, {tuple(logits.shape)}")
+    _check(top_k >= 0, f"sample: top_k {top_k} must be 0 (off) or positive")
+    _check(0 < top_p <= 1, f"sample: top_p {top_p} must be above 0 and at most 1 (off)")
+    _check(noise is None or noise.shape == logits.shape, f"sample: noise must be {tuple(logits.shape)}")
     if temperature == 0:
         return logits.argmax(-1)
     if noise is None:
         where = logits.device if generator is None else generator.device
-        noise = torch.empty(logits.shape, dtype=torch.float32, device=where)
-        noise = noise.exponential_(generator=generator).clamp_(min=1e-30).to(logits.device)
+        noise = torch.empty(logits.shape, dtype=torch.float32, device=where).exponential_(generator=generator)
+        noise = noise.clamp_(min=1e-30).to(logits.device)   # an exponential of 0 would win against any p
     if path(logits).name == "reference":
         return sample_reference(logits, temperature, top_k, top_p, noise)
     _check(V <= 32768, f'sample: no kernel for {V} logits a row; take at most 32768, or use("reference")')
-    x, noise = ((t if t.stride(-1) == 1 else t.contiguous()) for t in (logits.reshape(-1, V), noise.reshape(-1, V)))
-    out, block = torch.empty(len(x), dtype=torch.long, device=x.device), max(128, _padded(V))
-    _launch(x, _sample, (len(x),), x, noise, out, x.stride(0), noise.stride(0), V, 1.0 / temperature, float(top_k),
-            float(top_p), 0 < top_k < V, top_p < 1, block, num_warps=min(32, max(4, block // 1024)))
-    return out.view(logits.shape[:-1])
+    out = torch.empty(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    block = max(128, _power_of_two(V))
+    _launch(logits, _sample, out.numel(), logits.contiguous(), noise.contiguous(), out, V, float(temperature),
+            float(top_k), float(top_p), TOP_K=0 < top_k < V, TOP_P=top_p < 1, BLOCK=block,
+            num_warps=min(32, max(4, block // 1024)))
+    return out
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# --- verify -------------------------------------------------------------------------------------------------
 
 
 def verify_reference(p_target, p_draft, drafts, uniforms, noise):
-    """The definition, for a batch. Traffic: copies rows of V; the kernel reads two of them, and 2 g numbers."""
-    g, row = drafts.shape[1], torch.arange(len(drafts), device=drafts.device)
-    p, q = (x[:, :g].gather(-1, drafts[..., None]).squeeze(-1) for x in (p_target, p_draft))
-    n = (uniforms * q < p).long().cumprod(-1).sum(-1)  # the drafts before the first refusal
-    p_next, q_next = p_target[row, n], F.pad(p_draft, (0, 0, 0, 1))[row, n]  # all accepted: nothing to subtract from p
+    """Algorithm 1 of arXiv:2211.17192 for B chains of g drafted tokens at once; shapes as in `verify`."""
+    g = drafts.shape[1]
+    p = p_target[:, :g].gather(-1, drafts[..., None]).squeeze(-1)       # (B, g) p of each drafted token
+    q = p_draft.gather(-1, drafts[..., None]).squeeze(-1)               # (B, g)
+    n = (uniforms * q < p).long().cumprod(-1).sum(-1)                 # (B,) how many before the first refusal
+    row = torch.arange(len(drafts), device=drafts.device)
+    p_next = p_target[row, n]                                           # (B, V)
+    q_next = F.pad(p_draft, (0, 0, 0, 1))[row, n]                       # (B, V) 0 if all g were accepted
     residual = (p_next - q_next).clamp(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p_next)  # p == q, refused by rounding only
-    at, token = torch.arange(g + 1, device=drafts.device), (residual / noise).argmax(-1)
-    return torch.where(at < n[:, None], F.pad(drafts, (0, 1)), torch.where(at == n[:, None], token[:, None], -1)), n
+    empty = residual.sum(-1, keepdim=True) == 0                         # p == q, refused by rounding only
+    token = (torch.where(empty, p_next, residual) / noise).argmax(-1)   # (B,) the race of `sample_reference`
+    place = torch.arange(g + 1, device=drafts.device)
+    after = torch.where(place == n[:, None], token[:, None], -1)        # (B, g + 1)
+    return torch.where(place < n[:, None], F.pad(drafts, (0, 1)), after), n
 
 
-@jit
-def _verify(p, q, drafts, uniforms, noise, tokens, accepted, g, V, BLOCK: tl.constexpr):
-    """Grid (batch)."""
+@kernel
+def _verify(p, q, drafts, uniforms, noise, tokens, accepted, gamma, V, GAMMA: tl.constexpr,
+            BLOCK: tl.constexpr):
+    """A program for each chain of gamma drafted tokens, which lie in a tile of GAMMA >= gamma."""
     row = tl.program_id(0).to(tl.int64)
-    p, q, drafts, uniforms = p + row * (g + 1) * V, q + row * g * V, drafts + row * g, uniforms + row * g
-    tokens, noise = tokens + row * (g + 1), noise + row * V
-    # 1. accept from the left, up to the first refusal
-    n, going = row.to(tl.int32) * 0, row >= 0
-    for t in range(g):
-        token = tl.load(drafts + t)
-        going = going & (tl.load(uniforms + t) * tl.load(q + t * V + token) < tl.load(p + t * V + token))
-        tl.store(tokens + t, token, mask=going)  # the rest holds -1 already
-        n += going.to(tl.int32)
-    # 2. exponential race over max(p - q, 0), which need not be normalised, and beside it one over p
-    best, best_p, index, index_p = -1.0, -1.0, 0, 0
+    p, q = p + row * (gamma + 1) * V, q + row * gamma * V               # the laws of this chain
+    t = tl.arange(0, GAMMA)
+    # 1. as many tokens stay as there are before the first refusal
+    draft = tl.load(drafts + row * gamma + t, mask=t < gamma, other=0)  # (GAMMA,)
+    inside = (t < gamma) & (draft >= 0) & (draft < V)             # a token that does not exist has p = q = 0,
+    p_t = tl.load(p + t * V + draft, mask=inside, other=0.0)            # and 0 >= 0 below: it is refused
+    q_t = tl.load(q + t * V + draft, mask=inside, other=0.0)
+    u_t = tl.load(uniforms + row * gamma + t, mask=t < gamma, other=0.0)
+    refused = (t < gamma) & (u_t * q_t >= p_t)
+    n = tl.min(tl.where(refused, t, gamma), 0)
+    tl.store(tokens + row * (gamma + 1) + t, draft, mask=t < n)    # the places after the last hold -1 already
+    # 2. a race over max(p - q, 0), block by block, and beside it one over p, should p - q be empty
+    best, best_p, index, index_p = 0.0, 0.0, 0, 0
     for j0 in range(0, V, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
-        pj = tl.load(p + n * V + j, mask=j < V, other=-1.0)
-        qj = tl.load(q + n * V + j, mask=j < tl.where(n < g, V, 0), other=0.0)  # all accepted: q has no such row
-        e = tl.load(noise + j, mask=j < V, other=1.0)
-        race, race_p = tl.where(pj > qj, pj - qj, tl.minimum(pj, 0.0)) / e, pj / e
+        p_j = tl.load(p + n * V + j, mask=j < V, other=0.0)                     # (BLOCK,)
+        q_j = tl.load(q + n * V + j, mask=j < tl.where(n < gamma, V, 0), other=0.0)     # q has no row gamma
+        e_j = tl.load(noise + row * V + j, mask=j < V, other=1.0)
+        race, race_p = tl.maximum(p_j - q_j, 0.0) / e_j, p_j / e_j
         top, top_p = tl.max(race, 0), tl.max(race_p, 0)
         index = tl.where(top > best, j0 + tl.argmax(race, 0), index)
         index_p = tl.where(top_p > best_p, j0 + tl.argmax(race_p, 0), index_p)
         best, best_p = tl.maximum(best, top), tl.maximum(best_p, top_p)
-    # 3. an empty residual falls back to p
-    tl.store(tokens + n, tl.where(best > 0, index, index_p).to(tl.int64))
-    tl.store(accepted + row, n.to(tl.int64))
+    tl.store(tokens + row * (gamma + 1) + n, tl.where(best > 0, index, index_p))
+    tl.store(accepted + row, n)
 
 
 def verify(p_target, p_draft, drafts, uniforms, noise):
-    """Speculative sampling of drafted chains: the emitted tokens follow p_target exactly (2211.17192, 2302.01318).
+    """Speculative sampling of drafted chains: the tokens that come out follow p_target exactly.
 
-    p_target (B, g+1, V), p_draft (B, g, V): probabilities, after temperature and truncation; drafts (B, g) int64,
-    drawn from p_draft; uniforms (B, g) in [0, 1); noise (B, V) unit exponentials. Draft t stays if u_t q(d_t) < p(d_t).
-    After the first refusal one token is drawn from max(p - q, 0), after none a bonus token from the last row of p.
-    Returns tokens (B, g+1), -1 after the last, and n_accepted (B).
-    Numerics: float32; the residual is raced as it is, never normalised. Any V, any g, also 0.
+    p_target (B, g+1, V), p_draft (B, g, V): probabilities, after temperature and truncation; drafts (B, g)
+    int64, drawn from p_draft; uniforms (B, g) in [0, 1); noise (B, V) unit exponentials. Draft t stays if u_t
+    q(d_t) is below p(d_t), so with probability min(1, p / q). After the first refusal one token is drawn from
+    max(p - q, 0), after none a bonus token from the last row of p. Returns tokens (B, g+1), -1 after the
+    last, and n_accepted (B,). Any V, any g, also 0. A draft outside 0 .. V - 1 is an index error of torch;
+    the kernel, which cannot raise one, refuses it.
 
-    >>> p = torch.tensor([[[.5, .5], [0., 1.]]])                      # g = 1, V = 2; p == q: the draft stays,
-    >>> verify(p, p[:, :1], torch.tensor([[0]]), torch.tensor([[.9]]), torch.ones(1, 2))     # bonus from [0, 1]
+    >>> p = torch.tensor([[[.5, .5], [0., 1.]]])        # g = 1, V = 2; p == q: 0 stays, then 1 from [0, 1]
+    >>> verify(p, p[:, :1], torch.tensor([[0]]), torch.tensor([[.9]]), torch.ones(1, 2))
     (tensor([[0, 1]]), tensor([1]))
     """
     _check(drafts.dim() == 2, f"verify: drafts must be (batch, gamma), not {tuple(drafts.shape)}")
     (B, g), V = drafts.shape, p_target.shape[-1]
     wanted = {"p_target": (B, g + 1, V), "p_draft": (B, g, V), "uniforms": (B, g), "noise": (B, V)}
     for (name, shape), x in zip(wanted.items(), (p_target, p_draft, uniforms, noise)):
-        _check(x.shape == shape, f"verify: {name} is {tuple(x.shape)}, but with drafts {(B, g)} it must be {shape}")
+        _check(x.shape == shape, f"verify: {name} is {tuple(x.shape)}, beside drafts {(B, g)} not {shape}")
     if path(p_target).name == "reference":
         return verify_reference(p_target, p_draft, drafts, uniforms, noise)
     tokens, n = drafts.new_full((B, g + 1), -1), drafts.new_empty(B)
     x = [t.contiguous() for t in (p_target.float(), p_draft.float(), drafts, uniforms.float(), noise.float())]
-    _launch(drafts, _verify, (B,), *x, tokens, n, g, V, BLOCK=min(4096, max(128, _padded(V))), num_warps=8)
+    block = min(4096, max(128, _power_of_two(V)))
+    _launch(drafts, _verify, B, *x, tokens, n, g, V, GAMMA=_power_of_two(g), BLOCK=block, num_warps=8)
     return tokens, n
 
 
-# --- nearest_code -----------------------------------------------------------------------------------------------------
-
-
-def nearest_reference(x, codebook):
-    """All distances at once. Traffic: even as a matrix product N K numbers, 4.3 GB written and read at 65k x 16k."""
-    return (x[:, None] - codebook).square().sum(-1).argmin(-1)
-
-
-def _nearest_torch(x, codebook, elements=1 << 21):
-    """|x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x c): without |x|^2 the order stays. In chunks of rows that fit a cache."""
-    half = 0.5 * codebook.square().sum(-1)
-    parts = x.split(max(1, elements // len(codebook)))
-    return torch.cat([torch.addmm(half, part, codebook.T, alpha=-1).argmin(-1) for part in parts])
-
-
-@jit
-def _nearest(x, codebook, half, index, N, K, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr):
-    """Grid (tiles of rows). Lane (row, c) keeps the best of the codes c, c + BLOCK_K, ..; one reduction at the end."""
-    n, lane = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    best, code = tl.full([BLOCK_N, BLOCK_K], float("inf"), tl.float32), tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
-    for k0 in range(0, K, BLOCK_K):
-        k, product = k0 + lane, tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for d0 in range(0, D, BLOCK_D):
-            d = d0 + tl.arange(0, BLOCK_D)
-            at, inside = n[:, None].to(tl.int64) * D + d[None, :], (n[:, None] < N) & (d[None, :] < D)
-            points = tl.load(x + at, mask=inside, other=0.0)
-            codes = tl.load(codebook + k[None, :] * D + d[:, None], mask=(k[None, :] < K) & (d[:, None] < D), other=0.0)
-            product = tl.dot(points, codes, product, input_precision="tf32x3")
-        distance = tl.load(half + k, mask=k < K, other=float("inf"))[None, :] - product
-        code, best = tl.where(distance < best, k[None, :], code), tl.minimum(distance, best)
-    winner = tl.min(tl.where(best == tl.min(best, 1)[:, None], code, 2147483647), 1)  # the lowest index among equals
-    tl.store(index + n, winner.to(tl.int64), mask=n < N)
+# --- nearest_code -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def nearest_code(x, codebook, return_distance=False, return_residual=False):
-    """Index of the nearest code, the lowest among equals: x (N, D), codebook (K, D) -> (N,) int64.
+def nearest_code(points, codebook, return_distance=False):
+    """Index of the nearest code, the lowest among equals: points (N, D), codebook (K, D) -> (N,) int64.
 
-    With return_distance also |x - c|^2 (N,); with return_residual also x - c (N, D), what a residual quantizer codes
-    next. No gradient: quantizers pass one straight through. Any D, any K. Numerics: float32, three tf32 products in
-    the kernel; codes whose distances agree to about 1e-6 |x| |c| may swap between the paths.
+    |x - c|^2 = |x|^2 + 2 (|c|^2 / 2 - x . c), and |x|^2 does not change which c is nearest: the search is one
+    matrix product instead of N K D differences. No gradient: quantizers pass one straight through. In
+    float32; codes whose distances agree to about 1e-6 |x| |c| may swap. return_distance: also |x - c|^2 (N,).
 
     >>> nearest_code(torch.tensor([[0.2], [0.9]]), torch.tensor([[0.], [1.]]))
     tensor([0, 1])
     """
-    fits = x.dim() == codebook.dim() == 2 and x.shape[1] == codebook.shape[1]
-    _check(fits, f"nearest_code: x {tuple(x.shape)} and codebook {tuple(codebook.shape)} must be (N, D) and (K, D)")
-    _check(len(codebook) > 0, "nearest_code: the codebook is empty")
-    (N, D), K, extra = x.shape, len(codebook), []
-    with torch.autocast(x.device.type, enabled=False):
-        points, codes = x.float().contiguous(), codebook.float().contiguous()
-        if path(x).name == "triton":
-            index, half = torch.empty(N, dtype=torch.long, device=x.device), 0.5 * codes.square().sum(-1)
-            _launch(x, _nearest, (-(-N // 64),), points, codes, half, index, N, K, D, BLOCK_D=min(32, _padded(D)),
-                    BLOCK_N=64, BLOCK_K=64, num_warps=8, num_stages=2)
-        else:
-            index = _nearest_torch(points, codes)
-        if return_distance or return_residual:
-            residual = points - codes[index]
-            extra += [residual.square().sum(-1)] if return_distance else []
-            extra += [residual.to(x.dtype)] if return_residual else []
-    return (index, *extra) if extra else index
+    fits = points.dim() == codebook.dim() == 2 and points.shape[1] == codebook.shape[1]
+    shapes = f"points {tuple(points.shape)} and codebook {tuple(codebook.shape)}"
+    _check(fits and len(codebook) > 0, f"nearest_code: {shapes} must be (N, D) and (K, D), K at least 1")
+    with torch.autocast(points.device.type, enabled=False):             # in bf16 neighbours would swap
+        points, codebook = points.float(), codebook.float()
+        half = 0.5 * codebook.square().sum(1)                           # (K,)
+        rows = max(1, 2**21 // len(codebook))       # 8 MB of distances at once stay in a CPU's cache
+        parts = [torch.addmm(half, part, codebook.T, alpha=-1).argmin(1) for part in points.split(rows)]
+        index = torch.cat(parts)                                     # addmm: half - part codebook^T (rows, K)
+        if return_distance:
+            return index, (points - codebook[index]).square().sum(1)
+    return index
 
 
-# --- which path runs --------------------------------------------------------------------------------------------------
+# --- which path runs ----------------------------------------------------------------------------------------
 
-
-Path = namedtuple("Path", "name reason")  # name: "reference" (plain torch) or "triton"
+Path = namedtuple("Path", "name reason")                # name: "reference" (plain torch) or "triton"
 
 
 class use:
     """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block.
-    Default: the environment's NANO_KERNELS, or "auto"."""
+
+    At the start "auto", or what the environment variable NANO_KERNELS says.
+    """
 
     choice = "auto"
 
     def __init__(self, choice):
-        _check(choice in ("auto", "reference", "triton"), f'use({choice!r}): choose "auto", "reference" or "triton"')
+        _check(choice in ("auto", "reference", "triton"), f'use({choice!r}): "auto", "reference" or "triton"')
         self.before, use.choice = use.choice, choice
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exception):
         use.choice = self.before
 
 
-use(os.environ.get("NANO_KERNELS", "auto"))
-
-
 def interpreting():
-    """True where Triton was imported under TRITON_INTERPRET=1: kernels then run on CPU tensors, slowly, for tests."""
+    """True if Triton was imported under TRITON_INTERPRET=1: kernels run on CPU tensors, slowly, for tests."""
     return triton is not None and triton.knobs.runtime.interpret
 
 
 def path(x):
-    """Path(name, reason) that an op takes for `x` under the present `use`. ValueError if that is impossible."""
-    forced = use.choice == "triton"
+    """Path(name, reason) that an op takes for the tensor x; ValueError if use("triton") is impossible."""
     if use.choice == "reference":
         return Path("reference", 'chosen by use("reference") or NANO_KERNELS=reference')
-    if torch.compiler.is_compiling() and not forced:
-        return Path("reference", "inside torch.compile, which has attention kernels of its own")
+    forced = use.choice == "triton"
     if x.is_cuda and triton is not None:
-        major, minor = torch.cuda.get_device_capability(x.device)
-        if major >= 8 or forced:
-            return Path("triton", f"CUDA tensor, sm_{major}{minor}")
-        return Path("reference", f"sm_{major}{minor} is older than sm_80, which the kernels are made for")
+        generation = "sm_%d%d" % _capability(x)
+        if torch.compiler.is_compiling() and not forced:
+            return Path("reference", "inside torch.compile, which has attention kernels of its own")
+        if _capability(x)[0] < 8 and not forced:
+            return Path("reference", f"{generation} is older than sm_80, which the kernels are made for")
+        return Path("triton", f"GPU, {generation}")
     why = "Triton is not installed" if triton is None else f"tensor on {x.device.type}"
     if not forced:
         return Path("reference", why)
-    _check(interpreting(), f'use("triton"): {why}; move it to a GPU, or set TRITON_INTERPRET=1 before the import')
+    _check(interpreting(), f'use("triton"): {why}; move it to a GPU, or import under TRITON_INTERPRET=1')
     return Path("triton", "CPU tensor, Triton's interpreter (slow, for tests)")
 
 
-# --- command line: errors everywhere, times on a GPU ------------------------------------------------------------------
+def _launch(x, function, programs, *arguments, **constants):
+    """Start that many programs. Triton launches on the current device: make that the one of x."""
+    with torch.cuda.device_of(x):
+        function[(programs,)](*arguments, **constants)
 
 
-def errors(device, dtype):
-    """Rows (op, case, error) of the path in use against float64: relative Frobenius norm, or share of other tokens."""
-    generator = torch.Generator(device).manual_seed(0)
-    randn, rand = (functools.partial(make, device=device, generator=generator) for make in (torch.randn, torch.rand))
-    relative = lambda ours, truth: float((ours.double() - truth).norm() / truth.norm().clamp(min=1e-9))
-    for mask in (full(70, 49), causal(129), scales([1, 4, 16, 64]), markov([1, 4, 16, 64]), window(129, 20),
-                 tree([-1, 0, 1, 1, 0], 44), causal(64) & padding([64, 20], 64)):
-        n, m = mask.shape
-        x = [randn(2, heads, length, 32).to(dtype).requires_grad_() for heads, length in ((4, n), (2, m), (2, m))]
-        double = [t.detach().double().requires_grad_() for t in x]
-        ours, truth, do = attention(*x, mask), attention_reference(*double, mask)[0], randn(2, 4, n, 32).to(dtype)
-        pairs = zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double()))
-        worst = torch.tensor([relative(a, b) for a, b in [(ours.detach(), truth.detach()), *pairs]]).max()  # NaN, too
-        yield "attention + gradients", mask.name, float(worst)
-    q, (k, v), lengths = randn(2, 4, 3, 32).to(dtype), randn(2, 2, 2, 150, 32).to(dtype), torch.tensor([150, 37])
-    truth = decode_reference(q.double(), k.double(), v.double(), lengths)
-    yield "decode_attention", "3 tokens, lengths 150, 37", relative(decode_attention(q, k, v, lengths), truth)
-    s, v = 3 * randn(4, 100), randn(4, 100, 16)
-    yield "scan_attention", "4 x 100", relative(scan_attention(s, v), scan_reference(s.double(), v.double()))
-    logits, noise = 3 * randn(8, 500), rand(8, 500) + 0.01
-    other = sample(logits, 0.8, 50, 0.9, noise=noise) != sample_reference(logits.double(), 0.8, 50, 0.9, noise)
-    yield "sample", "8 x 500, other tokens", float(other.float().mean())
-    p, q, u, e = randn(8, 5, 100).softmax(-1), randn(8, 4, 100).softmax(-1), rand(8, 4), noise[:, :100]
-    drafts = torch.randint(100, (8, 4), device=device, generator=generator)
-    other = verify(p, q, drafts, u, e)[0] != verify_reference(p.double(), q.double(), drafts, u.double(), e.double())[0]
-    yield "verify", "8 x 4 drafts, other tokens", float(other.float().mean())
-    x, codes = randn(300, 24), randn(200, 24)
-    nearest = (x[:, None] - codes).double().square().sum(-1).amin(-1)
-    yield "nearest_code", "300 x 200, distance", relative(nearest_code(x, codes, return_distance=True)[1], nearest)
+def _check(ok, message):
+    if not ok:
+        raise ValueError(message)
 
 
-SHAPES = {  # what to time: the shapes of the scripts, and long ones
-    "causal": [(64, 4, 64, 32), (8, 16, 2048, 64), (4, 16, 4096, 64), (4, 8, 4096, 128), (1, 8, 16384, 128)],  # BHND
-    "scales": [(64, 4, (1, 2, 4, 8), 32), (8, 16, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 64),
-               (2, 16, (1, 2, 3, 4, 6, 9, 13, 18, 24, 32), 64)],  # B, H, sides, D
-    "decode": [(64, 16, 4096, 64), (1, 16, 8192, 64), (64, 4, 256, 32)],  # B, H, S, D
-    "tokens": [(64, 32768), (64, 4096), (64, 256)],  # B, V
-    "nearest": [(65536, 16384, 32), (65536, 512, 16)],  # N, K, D
-    "scan": [(1024, 4096, 64)],  # rows, N, D
-}
-
-
-def benchmarks(device="cuda", compiled=functools.partial(torch.compile, dynamic=False)):
-    """Rows (case, work, unit, ours, peer's name, peer): two functions to time, and their work in TFLOP or GB."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    flex, sdpa = compiled(flex_attention), F.scaled_dot_product_attention
-    rand = functools.partial(torch.rand, device=device)
-    half = functools.partial(torch.randn, device=device, dtype=torch.bfloat16)
-    for B, H, N, D in SHAPES["causal"]:
-        (q, k, v, do), mask, case = half(4, B, H, N, D), causal(N), f"causal {B}x{H}x{N}x{D}"
-        work = 2 * B * H * N * N * D / 1e12  # two products, half of which a causal mask needs
-        yield case, work, "TFLOP/s", lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, is_causal=True)
-        x = [t.clone().requires_grad_() for t in (q, k, v)]
-        outputs = attention(*x, mask), sdpa(*x, is_causal=True)
-        ours, theirs = (functools.partial(torch.autograd.grad, out, x, do, retain_graph=True) for out in outputs)
-        yield f"{case} backward", 2.5 * work, "TFLOP/s", ours, "sdpa", theirs
-    for (B, H, sides, D), make in itertools.product(SHAPES["scales"], (scales, markov)):
-        mask = make([n * n for n in sides])
-        N, dense = mask.shape[0], mask.dense(device)
-        start, end = mask.row_start[0].to(device), mask.row_end[0].to(device)
-        blocks = create_block_mask(lambda b, h, i, j: (start[i] <= j) & (j < end[i]), None, None, N, N, device=device)
-        q, k, v = half(3, B, H, N, D)
-        row = f"{mask.name} {B}x{H}x{N}x{D}", 4 * B * H * D * float(dense.sum()) / 1e12, "TFLOP/s"
-        yield *row, lambda: attention(q, k, v, mask), "flex", lambda: flex(q, k, v, block_mask=blocks)
-        yield *row, lambda: attention(q, k, v, mask), "sdpa", lambda: sdpa(q, k, v, dense)
-    for B, H, S, D in SHAPES["decode"]:
-        q, (k, v) = half(B, H, 1, D), half(2, B, H, S, D)
-        row = f"decode {B}x{H}x{S}x{D}", 4 * B * H * S * D / 1e9, "GB/s"
-        yield *row, lambda: decode_attention(q, k, v, S), "sdpa", lambda: sdpa(q, k, v)
-    for B, V in SHAPES["tokens"]:
-        x, p, q, u, e = (rand(*shape) for shape in ((B, V), (B, 5, V), (B, 4, V), (B, 4), (B, V)))
-        drafts, work = torch.randint(V, (B, 4), device=device), (12 * B * V / 1e9, "GB/s")
-        theirs = lambda: torch.multinomial(truncate(x / 0.8, 50, 0.9).softmax(-1), 1)
-        yield f"sample {B}x{V}, k 50, p 0.9", *work, lambda: sample(x, 0.8, 50, 0.9), "sort, multinomial", theirs
-        theirs = lambda: verify_reference(p, q, drafts, u, e)
-        yield f"verify {B}x4x{V}", *work, lambda: verify(p, q, drafts, u, e), "torch", theirs
-    for N, K, D in SHAPES["nearest"]:
-        x, codes, row = rand(N, D), rand(K, D), (f"nearest {N}x{K}x{D}", 2 * N * K * D / 1e12, "TFLOP/s")
-        yield *row, lambda: nearest_code(x, codes), "cdist + argmin", lambda: torch.cdist(x, codes).argmin(-1)
-    for rows, N, D in SHAPES["scan"]:
-        s, v, row = rand(rows, N), rand(rows, N, D), (f"scan {rows}x{N}x{D}", 8 * rows * N * D / 1e9, "GB/s")
-        yield *row, lambda: scan_attention(s, v), "torch", lambda: _scan_torch(s, v, _nothing(s, v))[0]
-
-
-def _plot(file, error_rows, time_rows):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [[(f"{op}: {case}", max(a if b is None else b, 1e-9)) for op, case, a, b in error_rows]]
-    panels += [[(f"{case} ({peer})", ratio) for case, peer, ratio in time_rows]] if time_rows else []
-    who = "torch path" if error_rows[0][3] is None else "kernel"
-    titles = f"{who}: error against float64 (1e-9: none)", "speed relative to the peer in brackets; right of 1 = faster"
-    size = 8 * len(panels), 9 if time_rows else 4
-    _, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
-    for axis, bars, title in zip(axes[0], panels, titles):
-        axis.plot([x for _, x in bars], [name for name, _ in bars], "o")
-        axis.set(xscale="log", title=title)
-        axis.invert_yaxis()
-        axis.grid(alpha=0.3)
-    plt.savefig(file, dpi=110)
-
-
-def main(argv=None):
-    """Print the tables; returns (error rows, time rows)."""
-    parser = argparse.ArgumentParser(description="Check all ops against float64; on a GPU, time them beside torch.")
-    parser.add_argument("--plot", metavar="PATH", help="also draw the tables into this picture (.png, .pdf, .svg)")
-    text = "inputs of the error table (bfloat16 on a GPU, else float32)"
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
-    args = parser.parse_args(argv)
-    gpu = torch.cuda.is_available()
-    kernels_run = triton is not None and (gpu or interpreting())
-    device, name = "cuda" if gpu else "cpu", args.dtype or ("bfloat16" if gpu else "float32")
-    where = torch.cuda.get_device_name() if gpu else "CPU, Triton's interpreter" if kernels_run else "CPU"
-    print(f"errors against float64, {name}, {where}\n{'op':<24}{'case':<30}{'torch path':>12}{'kernel':>12}")
-    rows, times = [], []
-    with use("reference"):
-        rows = [(*row, None) for row in errors(device, getattr(torch, name))]
-    if kernels_run:
-        with use("triton"):
-            rows = [(*row[:3], error) for row, (*_, error) in zip(rows, errors(device, getattr(torch, name)))]
-    for op, case, a, b in rows:
-        print(f"{op:<24}{case:<30}{a:>12.1e}{'not run' if b is None else f'{b:.1e}':>12}")
-    if gpu:
-        print("\ntimes, attention in bfloat16, median; ratio = time of the peer / ours")
-        print(f"{'case':<34}{'ms':>9}{'rate':>16}  {'peer':<20}{'ms':>9}{'ratio':>8}")
-        for case, work, unit, ours, peer, theirs in benchmarks():
-            a, b = (triton.testing.do_bench(f, return_mode="median") for f in (ours, theirs))
-            times.append((case, peer, b / a))
-            print(f"{case:<34}{a:>9.3f}{work / a * 1e3:>8.0f} {unit:<7}  {peer:<20}{b:>9.3f}{b / a:>8.2f}", flush=True)
-    else:
-        how = "interpreted only" if kernels_run else "not at all"
-        print(f"\nNo CUDA device: nothing to time here, and the kernels ran {how}.")
-        print("  errors of the kernels, interpreted on this machine   TRITON_INTERPRET=1 python kernels.py")
-        print("  errors and times, on a machine with a GPU            python kernels.py --plot kernels.png")
-    if args.plot:
-        _plot(args.plot, rows, times)
-        print(f"drew {args.plot}")
-    return rows, times
-
-
-if __name__ == "__main__":
-    main()
+use(os.environ.get("NANO_KERNELS", "auto"))
