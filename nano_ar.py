@@ -1,64 +1,46 @@
 """nano_ar: draw images one token at a time, as a language model writes text.
 
-An image becomes a grid of tokens, the grid becomes a sequence, and a small GPT learns p(next token | tokens so far, class).
+An image becomes a grid of tokens, the grid a sequence; a small GPT learns p(token | class, tokens before).
 
-    32x32 image          8x8 tokens                 GPT                              sample
-    +--------+  4x4     +----------+   raster   [class] t0 t1 t2 ...  t62      pick t0, feed it back,
-    |   /|   | patches  | 0 0 7 0  |  ------->     |    |  |  |        |       pick t1, ... 64 calls,
-    |    |   | -------> | 0 3 9 1  |               v    v  v  v        v       paste 64 patches:
-    |   _|_  | nearest  | 0 0 9 0  |              t0   t1 t2 t3 ...   t63      a new image
-    +--------+ codeword +----------+            p(t0|c) p(t1|c,t0) ...
+    32 x 32 image        8 x 8 tokens              GPT, one call per token                   new image
+    +--------+  4 x 4   +----------+           slot      0     1    2  ...  63
+    |   /|   |  patches | 0 0 7 0  |  raster   reads   class  t0   t1  ...  t62    draw t0, feed it back,
+    |    |   | -------> | 0 3 9 1  | ------->            |     |    |        |     draw t1, ... 64 calls,
+    |   _|_  |  nearest | 0 0 9 0  |  order              v     v    v        v     then paste 64 patches
+    +--------+ codeword +----------+           predicts  t0    t1   t2 ...  t63
 
-Tokens   --tokens patches   k-means codebook over 4x4 patches (default, 64 tokens)
-         --tokens pixels    grey levels of the image scaled to --size: exact bits per pixel
-         --tokens FOLDER    what another tokenizer exported; the format stands below
-Order    --order raster     row by row: one call per token
-         --order diag       all tokens of an anti-diagonal at once: 2n-1 calls (NAR, He et al. 2025, arXiv:2503.10696)
+The chain rule makes this a law over whole images, with nothing left out and nothing approximated:
 
-Papers   The recipe of LlamaGen (Sun et al. 2024, arXiv:2406.06525; github.com/FoundationVision/LlamaGen) at small scale:
-         class token, 2-D RoPE (Su et al. 2021, arXiv:2104.09864), label dropout, classifier-free guidance (Ho & Salimans
-         2022, arXiv:2207.12598). The optimizer is Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    p(image | class) = p(t0 | class) p(t1 | class, t0) ... p(t63 | class, t0 .. t62)
 
-Commands                                            two CPU cores     expect
-    python nano_ar.py                               112 s, 0.9 GB     99 % read as the class asked for, gFD 4.6 (ceiling 4.1)
-    python nano_ar.py --data mnist                  2 minutes         97 % (on 9,000 images), gFD 2.6 (ceiling 2.3)
-    python nano_ar.py --order diag --out out/diag   a little less     15 calls per image instead of 64
-    python nano_ar.py sample --guidance 3           seconds           draws from the trained model
-    python nano_ar.py complete                      seconds           lower halves for given upper halves
-    python nano_ar.py bench                         seconds           tokens per second, with and without the cache
---check exits with 1 when fewer than 95 % of the samples are read as the class that was asked for.
+So the loss of one image, -log p, is a sum of 64 cross-entropies. In nats it can be compared with every other
+model of the same tokens, and with no model of other tokens. The parts of the file:
 
-Token folder (--tokens FOLDER), for tokens that another program made. `tokens.npz` holds `train_tokens` (N, L) and
-`test_tokens` (M, L), integers in 0 .. codebook_size - 1; `train_labels`, `test_labels`; `train_images`, `test_images`, the
-originals (uint8, N x 32 x 32) that the metrics compare with; `grid`, rows and columns with rows * columns = L;
-`codebook_size`. `decoder.pt2` is a `torch.export` program, int64 tokens (B, L) -> float images (B, 32, 32) in [0, 1]: it runs
-without the code of the class that made it.
+    tokens      k-means on 4 x 4 patches: the simplest codebook that works (learned ones: nano_tok.py)
+    model       a GPT with the class in its first slot and positions in two dimensions
+    sampling    cache of keys and values; classifier-free guidance; the rest of a half-given image
+    training    cross-entropy with a tenth of the classes hidden; Muon for matrices, AdamW for the rest
+    the rest    data, judging what was drawn, pictures, settings
 
-Left out on purpose: a learned decoder (nano_tok), next-scale order (nano_var), faster decoding (nano_spec), warm-up (Muon with
-zero-initialised output layers needs none), dropout and weight averaging, distributed training.
+The recipe is LlamaGen's (Sun et al. 2024, arXiv:2406.06525), small enough for two CPU cores and two minutes.
+As there: class token, raster order, rotary positions per axis (Su et al. 2021, arXiv:2104.09864), hidden
+classes and guidance (Ho & Salimans 2022, arXiv:2207.12598). Ours, not theirs: k-means tokens, a learned
+vector per slot, normalised queries and keys, norm without gain, relu^2, Muon (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon).
 
-Read in this order: `make_order`, `GPT`, `generate`, `train`; the rest is data, metrics and pictures.
+Letters in comments: B images in a batch, L = 64 tokens of an image, V codewords, C width of the model,
+H heads, D = C / H numbers per head, N any number of images or slots. Slot 0 reads the class, slot s > 0 reads
+token s - 1, and slot s predicts token s.
+
+    python nano_ar.py                       train, draw 2,000 images, judge them, paint: all goes to out/ar
+    python nano_ar.py --data mnist          the same with handwritten digits (downloads 11 MB once)
+    python nano_ar.py sample --guidance 3   draw from the trained model
+    python nano_ar.py complete              four lower halves for each of ten upper halves
+    python nano_ar.py train --resume        go on after Ctrl-C or a power cut, bit for bit
+    python nano_ar.py --preset gpu          a wider, deeper model, for one small GPU
 """
-
-import argparse
-import contextlib
-import ctypes
-import dataclasses
-import gzip
-import hashlib
-import json
-import math
-import os
-import pathlib
-import shutil
-import signal
-import statistics
-import sys
-import threading
-import time
-import urllib.request
-import zipfile
-import zlib
+import argparse, functools, gzip, hashlib, itertools, json, math
+import os, pathlib, sys, time, timeit, urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,488 +51,91 @@ import tqdm
 
 import kernels
 
-# ---------------------------------------------------------------------------------------------------------------------
-# config
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: config
-class UserError(ValueError):
-    """Something the user can fix: the command line shows it as one line and exits with code 2."""
+# ----- tokens: an image as 64 integers ----------------------------------------------------------------------
+SIDE, PATCH = 8, 4  # an image is SIDE x SIDE patches of PATCH x PATCH pixels
 
 
-def opt(default, help, low=None, high=None, choices=None, fixed=False):
-    """A field of Config and a flag. `fixed`: belongs to the checkpoint and cannot change on resume."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed))
+def to_patches(images):
+    """Cut images (N, 32, 32) into patches (N, 64, 16): patches, and the pixels in them, in reading order."""
+    cut = images.view(-1, SIDE, PATCH, SIDE, PATCH)     # patch row, row in it, patch column, column in it
+    return cut.transpose(2, 3).reshape(-1, SIDE * SIDE, PATCH * PATCH)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print the usage first; one line is enough
-        raise UserError(f"{message} (--help lists all flags)")
+def from_patches(patches):
+    """The inverse of `to_patches`: (N, 64, 16) -> (N, 32, 32)."""
+    cut = patches.view(-1, SIDE, SIDE, PATCH, PATCH)
+    return cut.transpose(2, 3).reshape(-1, SIDE * PATCH, SIDE * PATCH)
 
 
-def parse_config(cls, argv, parts, presets, description):
-    """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    explained = "; ".join(f"{name}: {text}" for name, text in parts.items())
-    parser.add_argument("part", nargs="?", help=explained + "; without it: everything")
-    flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
-    for field in dataclasses.fields(cls):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
-            "type": field.type, "choices": field.metadata["choices"]}
-        parser.add_argument(flags[field.name], default=field.default, help=field.metadata["help"] + " [%(default)s]", **kind)
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
-    args = vars(parser.parse_args(argv))
-    part = args.pop("part") or "all"
-    if part not in ("all", *parts):
-        raise UserError(f"there is no part {part!r}, only {', '.join(parts)} (--help explains)")
-    for field in dataclasses.fields(cls):
-        low, high, value = field.metadata["low"], field.metadata["high"], args[field.name]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):  # "not >=": NaN fails too
-            raise UserError(f"{flags[field.name]} must lie between {low} and {'inf' if high is None else high}, got {value}")
-    return part, cls(**args)
+def kmeans(points, k, rng, rounds=20):
+    """Lloyd's algorithm: points (N, D) -> codebook (k, D) with a locally smallest mean squared distance.
 
-
-def adopt(config, saved, where, preset):
-    """Take the `fixed` fields from a checkpoint's config; a flag that asks for something else is an error."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        if field.metadata["fixed"] and field.name in saved:
-            asked, default = getattr(config, field.name), preset.get(field.name, field.default)
-            changes[field.name] = kept = saved[field.name]
-            if asked not in (default, kept):
-                raise UserError(f"{where} was made with --{field.name.replace('_', '-')} {kept}, this run asks for {asked}: "
-                                "drop the flag, or choose another --out")
-    return dataclasses.replace(config, **changes)
-
-
-def cli(main):
-    """Run main() as a program. Exit 0; 2 and one line for a UserError; 130 after Ctrl-C or SIGTERM."""
-    name = pathlib.Path(sys.argv[0]).stem
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        main()
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"{name}: stopped. {stop}", file=sys.stderr)
-        return 130
-    return 0
-# --- end shared
-
-@dataclasses.dataclass
-class Config:
-    # what and where
-    data: str = opt("glyphs", "glyphs, mnist, fashion-mnist, or a path: IDX file, .npz with images and labels, folder of "
-                    "class folders", fixed=True)
-    out: str = opt("out/ar", "folder for checkpoints, pictures, samples.npz and metrics.json")
-    preset: str = opt("cpu", "cpu: two minutes on two cores; gpu: a wider, deeper model and a longer run", choices=("cpu", "gpu"))
-    seed: int = opt(0, "seed of the data, the model and the samples", low=0, fixed=True)
-    device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = opt("auto", "of the matrix products in training; auto: bf16 where the hardware is fast at it",
-                         choices=("auto", "fp32", "bf16"))
-    compile: bool = opt(False, "torch.compile the training step: a slow start, then faster steps; needs a C++ compiler")
-    resume: bool = opt(False, "go on from OUT/last.pt exactly where it stopped")
-    check: bool = opt(False, "exit with code 1 when the metrics miss the band of the docstring")
-    # tokens
-    tokens: str = opt("patches", "patches, pixels, or a folder that another tokenizer exported (see above)", fixed=True)
-    codebook: int = opt(512, "patches: number of codewords", low=2, high=65536, fixed=True)
-    size: int = opt(16, "pixels: side of the scaled-down image", choices=(8, 16, 32), fixed=True)
-    levels: int = opt(16, "pixels: number of grey levels", low=2, high=256, fixed=True)
-    order: str = opt("raster", "raster: one token a call; diag: one anti-diagonal a call", choices=("raster", "diag"), fixed=True)
-    # model
-    dim: int = opt(128, "width", low=8, fixed=True)
-    depth: int = opt(4, "number of blocks", low=1, fixed=True)
-    heads: int = opt(4, "attention heads; width / heads must be a multiple of 4", low=1, fixed=True)
-    # training
-    steps: int = opt(500, "optimizer steps", low=1, fixed=True)
-    batch: int = opt(64, "images per step", low=1, fixed=True)
-    lr: float = opt(0.04, "learning rate of Muon, for the matrices inside the blocks", low=0, fixed=True)
-    lr_adam: float = opt(0.02, "learning rate of AdamW, for embeddings and heads", low=0, fixed=True)
-    label_dropout: float = opt(0.1, "share of labels hidden in training: guidance needs an unconditional model too",
-                               low=0, high=1, fixed=True)
-    eval_every: int = opt(100, "steps between validations and checkpoints", low=1, fixed=True)
-    # sampling
-    samples: int = opt(2000, "images drawn for the metrics", low=10)
-    guidance: float = opt(1.25, "classifier-free guidance: 1 is the plain conditional model", low=0)
-    temperature: float = opt(1.0, "divides the logits; 0 takes the most probable token", low=0)
-    top_k: int = opt(0, "keep the k most probable tokens; 0 keeps all", low=0)
-    top_p: float = opt(1.0, "keep the most probable tokens up to this mass", low=1e-6, high=1)
-
-
-PARTS = {"train": "only train", "sample": "draw from the checkpoint", "eval": "only the metrics", "complete": "finish half images",
-         "bench": "tokens per second"}
-PRESETS = {"cpu": {}, "gpu": dict(codebook=1024, dim=384, depth=8, heads=6, steps=4000, batch=256, lr=0.02, lr_adam=0.005,
-                                  eval_every=500, samples=10000)}
-CHECK = {"class_accuracy": 0.95}  # what --check asks for
-
-
-# --- shared: device
-def pick_device(name, precision="auto"):
-    """-> (device, dtype of the matrix products, the reason in words). bf16 only where the hardware multiplies it fast."""
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = next(k for k in ("cuda", "mps", "cpu") if has[k]) if name == "auto" else name
-    if not has[kind]:
-        raise UserError(f"--device {name}: this torch sees no such device; use --device cpu or auto")
-    units = [u for u in ("amx_bf16", "avx512_bf16") if kind == "cpu" and torch.cpu.get_capabilities().get(u)]
-    if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        units = [torch.cuda.get_device_name()]
-    bf16 = bool(units) if precision == "auto" else precision == "bf16"
-    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, (
-        f"{kind} ({units[0] if units else 'no fast bf16'}), matrices in {'bf16' if bf16 else 'fp32'}")
-
-
-def keep_freed_memory():
-    """Large freed blocks go back to the kernel, and each step pays to map them again: tell glibc to keep them (a fifth faster)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # not glibc
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 29)  # M_MMAP_THRESHOLD 32 MB, M_TRIM_THRESHOLD 512 MB
-
-
-def peak_memory_mb(device):
-    """Peak memory in MB: of the GPU where there is one, else of this process (nan on Windows, which does not say)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-# --- end shared
-
-# --- shared: progress
-class Progress:
-    """A tqdm bar on a terminal; in a pipe or a log file one line per tenth of the work."""
-
-    def __init__(self, total, what, start=0):
-        self.total, self.what, self.done, self.start, self.began = total, what, start, start, time.time()
-        self.bar = tqdm.tqdm(total=total, initial=start, desc=what, leave=False, disable=not sys.stderr.isatty())
-
-    def update(self, n=1, **values):
-        """Advance by n; `values` (numbers) are shown beside the bar."""
-        shown = {name: f"{value:.4g}" for name, value in values.items()}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(n)
-        self.done += n
-        if self.bar.disable and self.done * 10 // self.total > (self.done - n) * 10 // self.total:
-            rate = (self.done - self.start) / max(time.time() - self.began, 1e-9)
-            words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            left = (self.total - self.done) / rate
-            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {left:.0f} s left", flush=True)
-        if self.done >= self.total:
-            self.bar.close()
-# --- end shared
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: fetch
-def find_file(name, url, checksum):
-    """Path of a named data file: in $NANO_DATA, else in data/, else downloaded there once, verified and only then renamed.
-
-    `checksum` reads "sha256:..." or "md5:...": the publisher's own where there is one.
-    """
-    for folder in filter(None, (os.environ.get("NANO_DATA"), "data")):
-        for path in (pathlib.Path(folder, name), pathlib.Path(folder, name.removesuffix(".gz"))):
-            if path.exists():
-                return path
-    path = pathlib.Path("data", name)
-    part, kind = path.with_name(path.name + ".part"), checksum.split(":")[0]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:  # raises on any status but 2xx
-            shutil.copyfileobj(reply, out)
-        if f"{kind}:{hashlib.new(kind, part.read_bytes()).hexdigest()}" != checksum:
-            raise OSError(f"its {kind} is not {checksum}")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot download {url} ({error}): put {name} into data/ or into the folder that $NANO_DATA names; "
-                        "the built-in data need no download") from None
-    return path
-# --- end shared
-
-# --- shared: images
-
-
-@dataclasses.dataclass
-class Images:
-    """Grey images uint8 (N, 32, 32) with class labels int64 (N,), in a training and a test part."""
-    name: str
-    train: torch.Tensor
-    train_labels: torch.Tensor
-    test: torch.Tensor
-    test_labels: torch.Tensor
-
-    @property
-    def classes(self):
-        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
-
-
-GLYPH_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
-               "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
-               "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-               "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10")  # matplotlib ships them: the same on every machine
-GLYPH_STROKES = (0, 1, 2, 3)  # extra outline in 96ths of the picture
-
-
-def glyph_masters(size=96):
-    """Every digit in every font and stroke weight, drawn once by Pillow -> float (10, fonts * strokes, size, size) in [0, 1]."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-    folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), int(size * 0.68)) for name in GLYPH_FONTS]
-    masters = np.zeros((10, len(fonts), len(GLYPH_STROKES), size, size), np.float32)
-    for digit in range(10):
-        for i, font in enumerate(fonts):
-            for j, stroke in enumerate(GLYPH_STROKES):
-                picture = Image.new("L", (size, size))
-                ImageDraw.Draw(picture).text((size / 2, size / 2), str(digit), 255, font, anchor="mm", stroke_width=stroke)
-                masters[digit, i, j] = np.asarray(picture) / 255
-    return torch.from_numpy(masters).flatten(1, 2)
-
-
-def glyphs(n, seed, masters=None):
-    """n digits under random affine maps, in random font, weight and contrast -> uint8 (n, 32, 32), labels (n,). Fixed by seed."""
-    masters = glyph_masters() if masters is None else masters
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=g)
-    chosen = torch.randint(masters.shape[1], (n,), generator=g)
-    u = lambda low, high: torch.rand(n, generator=g) * (high - low) + low
-    angle, shear, contrast = u(-0.2, 0.2), u(-0.2, 0.2), u(0.8, 1.0)
-    size, stretch = u(0.72, 1.0), u(0.85, 1.15)
-    # rows of the 2 x 3 map from output to input coordinates: rotation, shear, scale, shift (all in units of half a picture)
-    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.1, 0.1)], 1),
-                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.1, 0.1)], 1)], 1)
-    images = torch.empty(n, 32, 32, dtype=torch.uint8)
-    for i in range(0, n, 1024):  # in chunks: the 64 x 64 samples before averaging take 16 KB an image
-        part = slice(i, i + 1024)
-        grid = F.affine_grid(theta[part], (len(theta[part]), 1, 64, 64), align_corners=False)
-        fine = F.grid_sample(masters[labels[part], chosen[part]][:, None], grid, align_corners=False)
-        images[part] = (F.avg_pool2d(fine, 2)[:, 0] * contrast[part, None, None] * 255).round().byte()
-    return images, labels
-
-
-def read_idx(path):
-    """An IDX file (the format of MNIST), plain or gzipped -> uint8 array of any rank."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, 4 + 4 * raw[3], 4)] if raw[:3] == b"\0\0\x08" else []
-    if not shape or len(raw) != 4 + 4 * len(shape) + math.prod(shape):
-        raise ValueError(f"not a complete IDX file of bytes (its header says {shape or 'nothing'}, it has {len(raw)} bytes)")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
-
-def read_images(path):
-    """An IDX file, an .npz with `images` and `labels`, or a folder of PNG and JPEG files, one sub-folder per class -> two arrays."""
-    if path.is_dir():
-        from PIL import Image, ImageOps
-        classes = sorted(p for p in path.iterdir() if p.is_dir())
-        kinds = (".png", ".jpg", ".jpeg")
-        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in kinds]
-        if not files:
-            raise ValueError("no PNG or JPEG files in sub-folders, one per class")
-        images = [np.asarray(ImageOps.fit(Image.open(p).convert("L"), (32, 32))) for p, _ in files]  # cropped to a square
-        return np.stack(images), np.array([label for _, label in files])
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return file["images"], file["labels"] if "labels" in file else np.zeros(len(file["images"]), np.int64)
-    labels = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    images = read_idx(path)
-    if labels == path or not labels.exists():
-        raise ValueError("labels are missing: a file ...-images-idx3-ubyte needs its ...-labels-idx1-ubyte beside it")
-    return images, read_idx(labels)
-
-
-def as_images(images, labels):
-    """Check, turn grey, pad to 32 x 32 -> torch uint8 (N, 32, 32), int64 (N,)."""
-    if images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8:
-        images = images.mean(-1).round().astype(np.uint8)
-    if images.ndim != 3 or images.shape[1:] not in ((28, 28), (32, 32)) or images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 of shape (N, 28, 28) or (N, 32, 32), got {images.dtype} {images.shape}")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise ValueError(f"need one label >= 0 per image, got {labels.dtype} {labels.shape} for {len(images)} images")
-    pad = (32 - images.shape[1]) // 2
-    return F.pad(torch.from_numpy(images.copy()), (pad,) * 4), torch.from_numpy(labels.astype(np.int64))
-
-
-IMAGE_SETS = {  # name: sub-folder (both sets use the same file names), address, MD5 of the four files
-    "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-              "d53e105ee54ea40749a09fcbcd1e9432", "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
-    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                      "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-                      "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
-}
-IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-
-
-def load_images(data, seed=0):
-    """`glyphs`, a named set, or a path -> Images. A path, which has no test part of its own, is split 9:1 by seed."""
-    if data == "glyphs":
-        masters = glyph_masters()
-        return Images(data, *glyphs(20000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
-    if data in IMAGE_SETS:
-        folder, address, *sums = IMAGE_SETS[data]
-        files = [read_idx(find_file(folder + name, address + name, "md5:" + md5)) for name, md5 in zip(IDX_FILES, sums)]
-        return Images(data, *as_images(*files[:2]), *as_images(*files[2:]))
-    path = pathlib.Path(data)
-    if not path.exists():
-        raise UserError(f"--data {data}: no such file or folder, and not one of glyphs, {', '.join(IMAGE_SETS)}")
-    try:
-        images, labels = as_images(*read_images(path))
-        if len(images) < 20:
-            raise ValueError(f"{len(images)} images are too few for a 9:1 split, 20 are the least")
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"--data {data}: {error}") from None
-    order, cut = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)), len(images) * 9 // 10
-    return Images(path.name, images[order[:cut]], labels[order[:cut]], images[order[cut:]], labels[order[cut:]])
-
-
-# --- end shared
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tokens: image <-> sequence of integers
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Tokens:
-    """Token sequences in raster order, and the way back to pixels."""
-    train: torch.Tensor      # (N, L) int64
-    test: torch.Tensor       # (M, L) int64
-    grid: tuple              # (rows, columns), L = rows * columns
-    codebook_size: int
-    decode: object           # int64 (B, L) -> uint8 (B, 32, 32)
-
-
-def to_patches(images, side=4):
-    """(N, 32, 32) -> (N, 64, 16): 4 x 4 patches in raster order, pixels of a patch in raster order."""
-    n, height, width = images.shape
-    return images.view(n, height // side, side, width // side, side).transpose(2, 3).reshape(n, -1, side * side)
-
-
-def from_patches(patches, grid, side=4):
-    """The inverse of `to_patches`: (N, rows * columns, side^2) -> (N, rows * side, columns * side)"""
-    n, (rows, columns) = len(patches), grid
-    return patches.view(n, rows, columns, side, side).transpose(2, 3).reshape(n, rows * side, columns * side)
-
-
-def kmeans(points, k, generator, rounds=20):
-    """Lloyd's algorithm: points (N, D) -> codebook (k, D) that locally minimises the mean squared distance.
-
-    Starts from k distinct points, since most patches of a digit are the same black; started so, no codeword of an image
-    codebook was seen to lose all its points (if one did, it would stay where it is).
+    Two steps that can only lower the distance: every point picks its nearest codeword, every codeword moves
+    to the mean of its points. The start is k *distinct* points: most patches of a digit are the same black
+    one, and equal codewords would stay equal for ever. Where there are fewer distinct points than k, the
+    codebook is smaller.
     """
     distinct = points.unique(dim=0)
-    codebook = distinct[torch.randperm(len(distinct), generator=generator)[:k]].clone()
+    codebook = distinct[torch.randperm(len(distinct), generator=rng)[:k]].clone()
     for _ in range(rounds):
-        nearest = kernels.nearest_code(points, codebook)
-        counts = torch.bincount(nearest, minlength=len(codebook))[:, None]
-        means = torch.zeros_like(codebook).index_add_(0, nearest, points) / counts.clamp(min=1)
-        codebook = torch.where(counts > 0, means, codebook)
+        nearest = kernels.nearest_code(points, codebook)                      # (N,) integers below k
+        counts = torch.bincount(nearest, minlength=len(codebook))[:, None]    # (k, 1) points of each codeword
+        sums = torch.zeros_like(codebook).index_add_(0, nearest, points)      # (k, D)
+        codebook = torch.where(counts > 0, sums / counts.clamp(min=1), codebook)  # no points: stay in place
     return codebook
 
 
-def patch_tokens(data, codebook, device):
-    """Images -> Tokens under a codebook of 4 x 4 patches, float (V, 16) in 0..255."""
-    def encode(images):
-        patches = to_patches(images).to(device).float().flatten(0, 1)
-        return kernels.nearest_code(patches, codebook.to(device)).view(len(images), -1).cpu()
-
-    decode = lambda tokens: from_patches(codebook.cpu()[tokens.cpu()].round().byte(), (8, 8))
-    return Tokens(encode(data.train), encode(data.test), (8, 8), len(codebook), decode)
+def fit_codebook(images, k, rng):
+    """uint8 images (N, 32, 32) -> codebook float (k, 16): the k typical patches, in grey levels 0..255."""
+    patches = to_patches(images).flatten(0, 1)                   # (N * 64, 16)
+    some = torch.randperm(len(patches), generator=rng)[:100_000]  # 200 for each of 512 means are enough
+    return kmeans(patches[some].float(), k, rng)
 
 
-def pixel_tokens(data, size, levels):
-    """Images scaled down to size x size, grey levels as tokens: lossless from there on, so bits per dimension are exact."""
-    def encode(images):
-        small = F.avg_pool2d(images[:, None].float(), 32 // size).flatten(1)
-        return (small / 255 * (levels - 1)).round().long()
-
-    def decode(tokens):
-        small = (tokens.cpu().float() / (levels - 1) * 255).round().byte().view(-1, size, size)
-        return small.repeat_interleave(32 // size, 1).repeat_interleave(32 // size, 2)
-
-    return Tokens(encode(data.train), encode(data.test), (size, size), levels, decode)
+def encode(images, codebook):
+    """uint8 images (N, 32, 32) -> tokens (N, 64): the number of the codeword nearest to each patch."""
+    return kernels.nearest_code(to_patches(images).flatten(0, 1).float(), codebook).view(len(images), -1)
 
 
-def read_token_folder(folder):
-    """A folder in the format of the docstring -> Images (the originals), Tokens"""
-    path = pathlib.Path(folder) / "tokens.npz"
-    if not path.exists():
-        raise UserError(f"--tokens {folder}: expected patches, pixels, or a folder that holds tokens.npz and decoder.pt2")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = ("train_tokens", "test_tokens", "train_labels", "test_labels")
-            train, test, train_labels, test_labels = (torch.from_numpy(file[name].astype(np.int64)) for name in names)
-            train_images, test_images = torch.from_numpy(file["train_images"]), torch.from_numpy(file["test_images"])
-            grid, size = tuple(int(g) for g in file["grid"]), int(file["codebook_size"])
-        decoder = torch.export.load(path.with_name("decoder.pt2")).module()
-    except Exception as error:  # numpy and torch report broken files by many types
-        raise UserError(f"{folder} is no complete token folder ({error}): export it again") from None
-    shapes_fit = train.shape[1:] == test.shape[1:] == (math.prod(grid),)
-    if not shapes_fit or not 0 <= min(train.min(), test.min()) <= max(train.max(), test.max()) < size:
-        raise UserError(f"{path}: tokens {tuple(train.shape)}, {tuple(test.shape)} do not fit the grid {grid} of {size} codes")
-
-    @torch.no_grad()
-    def decode(tokens):
-        return torch.cat([(decoder(t).clamp(0, 1) * 255).round().byte() for t in tokens.cpu().split(256)])
-
-    images = Images(path.parent.name, train_images, train_labels, test_images, test_labels)
-    return images, Tokens(train, test, grid, size, decode)
+def decode(tokens, codebook):
+    """Tokens (N, 64) -> uint8 images (N, 32, 32): paste the codewords. What `encode` has lost stays lost."""
+    return from_patches(codebook[tokens].round().byte())
 
 
-def load_tokens(config, device, codebook=None):
-    """-> Images, Tokens, codebook (of the patches; None otherwise). A codebook from a checkpoint is taken as it is."""
-    if config.tokens not in ("patches", "pixels"):
-        return *read_token_folder(config.tokens), None
-    data = load_images(config.data, config.seed)
-    if config.tokens == "pixels":
-        return data, pixel_tokens(data, config.size, config.levels), None
-    if codebook is None:
-        g = torch.Generator().manual_seed(config.seed)
-        patches = to_patches(data.train).flatten(0, 1)
-        some = patches[torch.randperm(len(patches), generator=g)[:100_000]].float()  # enough for 512 means
-        codebook = kmeans(some.to(device), config.codebook, g).cpu()
-    return data, patch_tokens(data, codebook, device), codebook
+# ----- model: a GPT over the tokens of one image ------------------------------------------------------------
+def rope_table(places, head_dim, base=100.0):
+    """2-D rotary positions: places (N, 2) of (row, column) -> cosines and sines, (N, D/2) each.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# model
-#   B batch   L tokens of an image   V codebook size   C width   H heads   D = C / H
-#   slot 0 holds the class, slot s > 0 the token number s - 1 of the order; L slots go in, logits for L tokens come out
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def rope_rotations(places, head_dim, base=100.0):
-    """2-D rotary positions (Su et al. 2021; per axis as in LlamaGen): places (N, 2) of (row, column) -> complex (N, D/2).
-
-    The first half of the D/2 pairs turns with the row, the second with the column, at speeds 1 .. 1/base per cell (a base of 100
-    suits grids of up to 32 cells; text uses 10,000). Scores then depend on differences of places only:
-
-    >>> r = rope_rotations(torch.tensor([[0, 0], [2, 3], [5, 7], [7, 10]]), 8)
-    >>> torch.allclose(r[1] * r[0].conj(), r[3] * r[2].conj(), atol=1e-6)   # both (2, 3) apart
-    True
+    Numbers j and j + D/2 of a query or key form a pair, a point in the plane, which is turned by an angle
+    proportional to the place: the first half of the pairs by the row, the second by the column. Turning q by
+    a and k by b leaves q.k depending on a - b alone: a score knows how far apart two cells are, wherever they
+    are. The fastest pair turns 1 radian per cell, the slowest 1/base: over a grid of 8 cells it hardly moves,
+    and so compares content alone.
     """
-    quarter = head_dim // 4
-    speed = base ** (-torch.arange(quarter) / quarter)
-    angle = torch.cat([places[:, :1] * speed, places[:, 1:] * speed], 1)
-    return torch.polar(torch.ones_like(angle), angle)
+    quarter = head_dim // 4                                      # pairs for each of the two axes
+    speed = base ** (-torch.arange(quarter) / quarter)           # (D/4,) from 1 down to about 1/base
+    angle = torch.cat([places[:, :1] * speed,                    # (N, D/4) turned by rows
+                       places[:, 1:] * speed], dim=1)            # (N, D/4) turned by columns
+    return angle.cos(), angle.sin()
 
 
-def rotate(x, rotations):
-    """Pairs (x0, x1), (x2, x3), ... read as complex numbers and turned, in fp32: x (..., D), rotations (..., D/2)"""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2)
+def rotate(x, cos, sin):
+    """Turn the pairs (x_j, x_{j + D/2}) of x (B, H, N, D) by the angles of the table, (N, D/2) each."""
+    a, b = x.chunk(2, dim=-1)                           # the two coordinates of all pairs: (B, H, N, D/2)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def norm(x):
-    return F.layer_norm(x, x.shape[-1:])  # no gain, no bias; rms_norm would do, but its backward is not fused on the CPU
+    """Mean 0, variance 1 over the last axis. No gain, no bias: the matrix that follows can do their work."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Both output layers start at zero: a new block is the identity."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): corrections to a stream x that runs through.
+
+    The last matrix of each starts at 0, so a new block is the identity: depth does not disturb the first
+    steps, and training needs no warm-up.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -562,716 +147,715 @@ class Block(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x, rotations, mask=None, cache=None, start=0):
-        """x (B, N, C); cache: None, or keys and values (2, B, H, S, D) to extend at slots start .. start + N"""
-        qk, v = self.qkv(norm(x)).unflatten(-1, (3 * self.heads, -1)).split([2 * self.heads, self.heads], 2)  # (B, N, heads, D)
-        qk = rotate(norm(qk), rotations[:, None]).to(v.dtype)  # q/k norm: scores stay bounded, so bf16 and large steps are safe
-        q, k, v = *qk.transpose(1, 2).chunk(2, 1), v.transpose(1, 2)
+    def forward(self, x, cos, sin, mask=None, cache=None, start=0):
+        """x (B, N, C), the slots start .. start + N - 1 -> (B, N, C).
+
+        Training passes all slots and a mask. Sampling passes the new slot alone, and this layer's cache (2,
+        B, H, L, D) of the keys and values of all slots before it: they cannot change any more, since no slot
+        looks ahead.
+        """
+        B, N, C = x.shape
+        qkv = self.qkv(norm(x)).view(B, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)            # heads before slots, for attention: (B, H, N, D) each
+        # After norm, q and k have length sqrt(D), so a score q.k / sqrt(D) stays below sqrt(D) = 5.7. Without
+        # it scores grow as training goes on: large steps diverge, and in 16 bits small differences of large
+        # scores round away.
+        q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)
         if cache is None:
-            y = kernels.attention(q, k, v, mask)
-        else:  # no mask: the new slots see all older ones and each other
-            end = start + x.shape[1]
-            cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
-            y = kernels.decode_attention(q, cache[0], cache[1], end, causal=False)
-        x = x + self.proj(y.transpose(1, 2).flatten(2))
-        return x + self.down(F.relu(self.up(norm(x))).square())
+            y = kernels.attention(q, k, v, mask)                 # (B, H, N, D)
+        else:
+            cache[0, :, :, start:start + N] = k
+            cache[1, :, :, start:start + N] = v
+            # no mask: the filled part of the cache is exactly what the new slot may see, itself included
+            y = kernels.decode_attention(q, cache[0], cache[1], start + N, causal=False)
+        x = x + self.proj(y.transpose(1, 2).reshape(B, N, C))    # heads side by side again
+        return x + self.down(F.relu(self.up(norm(x))).square())  # relu^2: cheaper than gelu, learns as well
 
 
 class GPT(nn.Module):
-    """p(token | tokens before it in the order, class). One head per neighbour that predicts: raster 1, diag 2."""
+    """p(token t | class, tokens before t) for all t at once: slot t has read just these."""
 
-    def __init__(self, codebook_size, classes, order, dim, depth, heads):
+    def __init__(self, codebook_size, classes, rows, columns, dim, depth, heads):
         super().__init__()
-        length = len(order.cells)
-        self.order, self.null = order, classes  # the class "none", for guidance
+        self.length = rows * columns
+        self.null = classes                             # one more class, "none", for p(tokens): see `guide`
         self.token = nn.Embedding(codebook_size, dim)
         self.label = nn.Embedding(classes + 1, dim)
-        self.place = nn.Parameter(torch.randn(length, dim) * 0.02)
+        # RoPE says how far apart two slots are. This vector says which cell a slot must predict: after the
+        # last cell of a row comes the first of the next, far to the left, and differences of places do not
+        # tell.
+        self.slot = nn.Parameter(torch.randn(self.length, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.heads = nn.ModuleList(nn.Linear(dim, codebook_size, bias=False) for _ in order.sources)
-        for head in self.heads:
-            nn.init.zeros_(head.weight)  # the first loss is exactly log V
-        places = torch.cat([torch.zeros(1, 2), order.places + 1])[:length]  # the class at (0, 0), cells from (1, 1)
-        self.register_buffer("rotations", rope_rotations(places, dim // heads), persistent=False)
-
-    def embed(self, tokens, labels, start, end):
-        """Slots start .. end of the input: tokens (B, L) in the model's order, labels (B,) -> (B, end - start, C)"""
-        x = self.token(tokens[:, max(start - 1, 0):end - 1])
-        if start == 0:
-            x = torch.cat([self.label(labels)[:, None], x], 1)
-        return x + self.place[start:end]
-
-    def logits(self, hidden, first, start, end):
-        """hidden (B, n, C) of the slots from `first` on -> logits (B, end - start, V) of the tokens start .. end."""
-        if len(self.heads) == 1:  # raster: token t is predicted by slot t
-            return self.heads[0](hidden)
-        return sum(head(hidden)[:, (slots[start:end] - first).clamp(min=0)] * weight[start:end, None].to(hidden.device)
-                   for head, slots, weight in zip(self.heads, self.order.sources, self.order.weights))
+        self.head = nn.Linear(dim, codebook_size, bias=False)
+        nn.init.zeros_(self.head.weight)                # all logits 0: the first loss is log V, 6.24 nats
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (L, 2): (0, 0), (0, 1), ...
+        # The class sits at (0, 0), the cells from (1, 1) on. (LlamaGen instead zeroes cos and sin of the
+        # class, and so its query and key.) The last cell is never read: nothing comes after it.
+        places = torch.cat([torch.zeros(1, 2), cells + 1])[:self.length]
+        cos, sin = rope_table(places, dim // heads)
+        self.register_buffer("cos", cos, persistent=False)  # follows .to(device); computed, so never saved
+        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens, labels):
-        """Teacher forcing: tokens (B, L) in the model's order, labels (B,) -> logits (B, L, V), each given the tokens before."""
-        x = self.embed(tokens, labels, 0, tokens.shape[1])
+        """Training: tokens (B, L), labels (B,) -> logits (B, L, V); row t saw class and tokens before t.
+
+        Every slot reads the true tokens, not those that the model would have drawn (teacher forcing). That is
+        what lets one call learn 64 predictions.
+        """
+        x = torch.cat([self.label(labels)[:, None], self.token(tokens[:, :-1])], dim=1)  # shifted by one slot
+        x = x + self.slot                               # (B, L, C)
         for block in self.blocks:
-            x = block(x, self.rotations, self.order.mask)
-        return self.logits(norm(x), 0, 0, tokens.shape[1])
+            x = block(x, self.cos, self.sin, kernels.causal(self.length))
+        return self.head(norm(x))
 
-    def new_cache(self, batch):
-        """Zeros (depth, 2, B, H, L, D): keys and values of every slot."""
-        head_dim = 2 * self.rotations.shape[1]
-        return self.place.new_zeros(len(self.blocks), 2, batch, self.blocks[0].heads, len(self.place), head_dim)
+    def new_cache(self, B):
+        """Room for keys and values of all layers and slots: (depth, 2, B, H, L, D), 256 KB an image."""
+        heads = self.blocks[0].heads
+        return self.slot.new_zeros(len(self.blocks), 2, B, heads, self.length, self.slot.shape[1] // heads)
 
-    def step(self, tokens, labels, group, cache):
-        """Logits (B, n, V) of the n tokens of one group, from the group before it and the cache, which grows by that group."""
-        first, start, end = self.order.steps[group]
-        x = self.embed(tokens, labels, first, start + 1)
+    def step(self, x, t, cache):
+        """Sampling: x (B, 1, C), what slot t reads -> logits (B, 1, V) of token t; the cache grows."""
+        x = x + self.slot[t]
         for block, layer in zip(self.blocks, cache):
-            x = block(x, self.rotations[first:start + 1], cache=layer, start=first)
-        return self.logits(norm(x), first, start, end)
+            x = block(x, self.cos[t:t + 1], self.sin[t:t + 1], cache=layer, start=t)
+        return self.head(norm(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the idea: an order, a rule for the next token
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Order:
-    """A factorisation: p(image) = product over groups of p(group | groups before). Slot 0 is the class, slot t + 1 is token t."""
-    cells: torch.Tensor      # (L,) raster index of the cell that each token belongs to
-    places: torch.Tensor     # (L, 2) its row and column
-    groups: list             # sizes of the groups of tokens that are drawn together
-    sources: list            # per head: (L,) the slot whose hidden state predicts each token
-    weights: list            # per head: (L,) its share of the logits, 0 where the token has no such neighbour
-    mask: object             # of kernels.attention, over the first L slots
-
-    @property
-    def steps(self):
-        """Per group: (first slot fed, first token drawn, end); the slots fed are those of the group before."""
-        ends = np.cumsum(self.groups).tolist()
-        starts = [0] + ends[:-1]
-        feeds = [0] + [s + 1 for s in starts[:-1]]
-        return list(zip(feeds, starts, ends))
-
-
-def make_order(rows, columns, kind):
-    """`raster`: left to right, top to bottom, one token a group. `diag`: anti-diagonals (NAR, He et al. 2025, section 3).
-
-    On the 2 x 3 grid 0 1 2 / 3 4 5:
-
-    >>> order = make_order(2, 3, "diag")
-    >>> order.cells.tolist(), order.groups
-    ([0, 1, 3, 2, 4, 5], [1, 2, 2, 1])
-    """
-    raster = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    length = rows * columns
-    if kind == "raster":
-        before = torch.arange(length)  # slot t holds token t - 1, or the class
-        return Order(torch.arange(length), raster, [1] * length, [before], [torch.ones(length)], kernels.causal(length))
-    distance = raster.sum(1)
-    cells = distance.argsort(stable=True)
-    groups = distance.bincount().tolist()
-    slot = torch.empty(rows, columns, dtype=torch.long)
-    slot.view(-1)[cells] = torch.arange(length) + 1
-    row, column = raster[cells].unbind(1)
-    left = torch.where(column > 0, slot[row, (column - 1).clamp(min=0)], 0)  # predicts this cell by its "right" head
-    above = torch.where(row > 0, slot[(row - 1).clamp(min=0), column], 0)    # predicts this cell by its "below" head
-    has_left, has_above = (column > 0).float(), (row > 0).float()
-    has_left[0] = 1.0                                                        # the first cell: the class, by the "right" head
-    both = has_left + has_above
-    # the last group is one token that predicts nothing and is never fed; the class is a group of its own
-    mask = kernels.scales([1] + groups[:-1])
-    return Order(cells, raster[cells], groups, [left, above], [has_left / both, has_above / both], mask)
-
-
+# ----- sampling ---------------------------------------------------------------------------------------------
 def guide(conditional, unconditional, scale):
-    """Classifier-free guidance on logits (Ho & Salimans 2022, eq. 6 with w = scale - 1); scale 1 is the conditional model.
+    """Classifier-free guidance on logits (Ho & Salimans 2022, eq. 6, w = scale - 1); scale 1: plain model.
 
-    >>> guide(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 1.0]), 3.0).tolist()
-    [4.0, -2.0]
+    In probabilities, up to a constant: p(t | class) (p(t | class) / p(t))^(scale - 1). Tokens that speak for
+    the class gain, at the price of variety. Worked: logit 2 with the class, 1 without, scale 3: 1 + 3 (2 - 1)
+    = 4.
     """
     return unconditional + scale * (conditional - unconditional)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sampling
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
-def generate(model, labels, generator, guidance=1.0, temperature=1.0, top_k=0, top_p=1.0, given=None, cached=True):
-    """Draw one image per label -> tokens (B, L) in raster order. One model call per group of the order.
+def generate(model, labels, rng, guidance=1.0, temperature=1.0, top_p=1.0, given=None):
+    """Draw one image for each label (B,) -> tokens (B, L). given: (B, L) tokens to keep, -1 where free.
 
-    given: (B, L) raster tokens to keep, -1 where free; kept tokens condition all that come later in the order.
-    With guidance other than 1 each call runs twice the batch: once with the labels, once with the class "none".
-    cached=False recomputes everything in every call: the slow twin that must give the same logits.
+    Each of the L calls reads one new slot; all older ones come from the cache. Without it call t would
+    compute t slots again: 64 * 65 / 2 = 2,080 slots instead of 64. A kept token tells what comes *after* it
+    in raster order and nothing that comes before: a lower half can be drawn for an upper one, not the other
+    way round.
     """
-    order, batch, device = model.order, len(labels), labels.device
-    tokens = torch.zeros(batch, len(order.cells), dtype=torch.long, device=device)
-    kept = None if given is None else given[:, order.cells].to(device)
-    twice = guidance != 1
-    both = torch.cat([labels, torch.full_like(labels, model.null)]) if twice else labels
-    cache = model.new_cache(len(both)) if cached else None
-    for group, (_, start, end) in enumerate(order.steps):
-        fed = tokens.repeat(2, 1) if twice else tokens
-        logits = model.step(fed, both, group, cache) if cached else model(fed, both)[:, start:end]
-        if twice:
-            logits = guide(*logits.chunk(2), guidance)
-        tokens[:, start:end] = kernels.sample(logits, temperature, top_k, top_p, generator)
-        if kept is not None:
-            tokens[:, start:end] = torch.where(kept[:, start:end] >= 0, kept[:, start:end], tokens[:, start:end])
-    return torch.empty_like(tokens).index_copy_(1, order.cells.to(device), tokens)
+    B, guided = len(labels), guidance != 1
+    if guided:                                          # two models in one batch: with the class, and without
+        labels = torch.cat([labels, torch.full_like(labels, model.null)])
+    cache, tokens = model.new_cache(len(labels)), []
+    x = model.label(labels)[:, None]                             # slot 0 reads the class: (B or 2B, 1, C)
+    for t in range(model.length):
+        logits = model.step(x, t, cache)                         # (B or 2B, 1, V)
+        if guided:
+            logits = guide(logits[:B], logits[B:], guidance)     # (B, 1, V)
+        token = kernels.sample(logits, temperature, top_p=top_p, generator=rng)  # (B, 1)
+        if given is not None:
+            token = torch.where(given[:, t:t + 1] >= 0, given[:, t:t + 1], token)
+        tokens.append(token)
+        x = model.token(token.repeat(2, 1) if guided else token)  # slot t + 1 reads it, in both models
+    return torch.cat(tokens, dim=1)
 
 
-def draw(config, model, tokens, labels, given=None, chunk=250):
-    """`generate` with the settings and the seed of the config, in chunks, through the tokens' decoder -> uint8 (N, 32, 32)"""
-    device, bar, parts = model.place.device, Progress(len(labels), "sampling"), []
-    generator = torch.Generator(device).manual_seed(config.seed)
-    for i in range(0, len(labels), chunk):
-        part = labels[i:i + chunk].to(device)
-        parts.append(generate(model, part, generator, config.guidance, config.temperature, config.top_k, config.top_p,
-                              given if given is None else given[i:i + chunk]))
-        bar.update(len(part))
-    return tokens.decode(torch.cat(parts))
+def draw(config, model, labels, decode, given=None):
+    """`generate` with settings and seed of the config, 250 at a time -> uint8 images (N, 32, 32) on the CPU.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def nats_per_image(model, tokens, labels):
-    """-log p(tokens | label) in nats, averaged over all images: tokens (N, L) in raster order."""
-    device = model.place.device
-    total = 0.0
-    for part, label in zip(tokens.split(250), labels.split(250)):
-        part = part[:, model.order.cells].to(device)
-        logits = model(part, label.to(device))
-        total += F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="sum").item()
-    return total / len(tokens)
-
-
-class Unigram(nn.Module):
-    """The baseline: every cell draws its token from the training frequencies of that cell, whatever the others are."""
-
-    def __init__(self, train_tokens, codebook_size, order):
-        super().__init__()
-        self.order, self.place = order, torch.empty(0)
-        columns = train_tokens[:, order.cells].T
-        counts = torch.stack([torch.bincount(column, minlength=codebook_size) for column in columns]) + 0.5
-        self.log_p = torch.log(counts / counts.sum(-1, keepdim=True))
-
-    def forward(self, tokens, labels):
-        return self.log_p.expand(len(tokens), -1, -1)
-
-
-# --- shared: metrics
-
-
-class Judge(nn.Module):
-    """A small classifier, trained on the train split; its 64 penultimate features are the space of the Fréchet distance."""
-
-    def __init__(self, classes):
-        super().__init__()
-        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.body = nn.Sequential(conv(1, 16), conv(16, 32), conv(32, 64), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
-        self.head = nn.Linear(64, classes)
-
-    def forward(self, images):
-        """images float (N, 32, 32) in [0, 1] -> features (N, 64), logits (N, classes)"""
-        features = self.body(images[:, None])
-        return features, self.head(features)
-
-
-def train_judge(images, labels, classes, device, seed, epochs=4):
-    """Fit the Judge to uint8 images (N, 32, 32) with random shifts of up to 2 pixels. Seconds on a CPU."""
-    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
-        torch.manual_seed(seed)
-        judge = Judge(classes).to(device).train()
-        steps = max(epochs * len(images) // 128, 50)
-        optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        bar = Progress(steps, "classifier")
-        for _ in range(steps):
-            pick = torch.randint(len(images), (min(128, len(images)),))
-            batch = torch.roll(images[pick], tuple(torch.randint(-2, 3, (2,)).tolist()), (1, 2)).to(device).float() / 255
-            loss = F.cross_entropy(judge(batch)[1], labels[pick].to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            bar.update(loss=loss.item())
-    return judge.eval()
-
-
-@torch.no_grad()
-def judged(judge, images):
-    """uint8 (N, 32, 32) -> features float64 (N, 64), predicted classes (N,), both on the CPU"""
-    device = next(judge.parameters()).device
-    parts = [judge(part.to(device).float() / 255) for part in images.split(500)]
-    return torch.cat([f for f, _ in parts]).double().cpu(), torch.cat([z for _, z in parts]).argmax(-1).cpu()
-
-
-def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of two feature sets (N, D), (M, D) (Heusel et al. 2017, eq. 6).
-
-    Biased upwards by about 1/N: compare only values with the same N and the same reference.
-
-    >>> a = torch.randn(500, 3, dtype=torch.float64)
-    >>> round(float(frechet_distance(a, a + torch.tensor([3.0, 4.0, 0.0]))), 6)   # equal covariances, means 5 apart
-    25.0
+    decode: a function from tokens (B, L) to images; that of any tokenizer will do.
     """
-    def root(m):  # of a symmetric positive matrix; rounding may leave tiny negative eigenvalues
-        values, vectors = torch.linalg.eigh(m)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
-
-    cov_a, cov_b = torch.cov(a.mT), torch.cov(b.mT)
-    half = root(cov_a)
-    cross = torch.linalg.eigvalsh(half @ cov_b @ half).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def diversity(features, labels):
-    """Mean distance between two samples of the same class, in feature space; guidance that kills variety makes it fall."""
-    per_class = [torch.pdist(features[labels == c]).mean() for c in labels.unique() if (labels == c).sum() > 1]
-    return float(torch.stack(per_class).mean()) if per_class else float("nan")
+    device, images = model.slot.device, []
+    rng = rng_at(config.seed, SAMPLING, device=device)
+    for i in tqdm.trange(0, len(labels), 250, desc="draw", disable=None, leave=False):
+        kept = None if given is None else given[i:i + 250].to(device)
+        tokens = generate(model, labels[i:i + 250].to(device), rng, config.guidance, config.temperature,
+                          config.top_p, kept)
+        images.append(decode(tokens.cpu()))
+    return torch.cat(images)
 
 
-def image_metrics(judge, images, labels, real, real_labels):
-    """uint8 samples and the classes asked for, against real images -> gfd, class_accuracy, diversity (1: as varied as real)"""
-    (features, seen), (real_features, _) = judged(judge, images), judged(judge, real)
-    return {"gfd": frechet_distance(features, real_features), "class_accuracy": float((seen == labels).double().mean()),
-            "diversity": diversity(features, labels) / diversity(real_features, real_labels)}
-
-
-def nearest_images(images, pool):
-    """For every image (N, 32, 32) the closest of the pool (M, 32, 32) in mean squared error -> indices (N,): did we memorise?"""
-    return kernels.nearest_code(images.flatten(1).float(), pool.flatten(1).float())
-
-
-# --- end shared
-
-
-def milliseconds(function, repeats=5):
-    """Median wall-clock of function() in milliseconds, after one call to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times[1:])
-
-
-def evaluate(config, model, data, tokens):
-    """All metrics of the README, and the samples they were measured on -> metrics, images uint8 (N, 32, 32), labels (N,)."""
-    device, length = model.place.device, len(model.place)
-    nats = nats_per_image(model, tokens.test, data.test_labels)
-    unigram = nats_per_image(Unigram(tokens.train, tokens.codebook_size, model.order), tokens.test, data.test_labels)
-    metrics = {"val_nats_per_image": nats, "unigram_nats_per_image": unigram, "bits_per_image": nats / math.log(2),
-               "bits_per_token": nats / math.log(2) / length}
-
-    labels = torch.arange(config.samples) % data.classes
-    images = draw(config, model, tokens, labels)
-    judge = train_judge(data.train, data.train_labels, data.classes, device, config.seed)
-    real, real_labels = data.test[:config.samples], data.test_labels[:config.samples]
-    metrics |= image_metrics(judge, images, labels, real, real_labels)
-    # floor and ceiling through the same function: as many training images as samples, untouched and through the tokenizer
-    some = slice(0, config.samples)
-    metrics["gfd_floor"] = image_metrics(judge, data.train[some], data.train_labels[some], real, real_labels)["gfd"]
-    rebuilt = tokens.decode(tokens.train[some])
-    metrics["rfd"] = image_metrics(judge, rebuilt, data.train_labels[some], real, real_labels)["gfd"]
-    metrics["judge_accuracy"] = float((judged(judge, real)[1] == real_labels).double().mean())
-    error = (tokens.decode(tokens.test).float() - data.test.float()).square().mean() / 255**2
-    metrics["rpsnr"] = float(-10 * torch.log10(error))
-
-    one = lambda n: generate(model, labels[:1].repeat(n).to(device), None, config.guidance)
-    metrics |= {"samples": config.samples, "calls_per_image": len(model.order.groups), "tokens_per_image": length,
-                "ms_per_image_b1": milliseconds(lambda: one(1)), "ms_per_image_b64": milliseconds(lambda: one(64)) / 64}
-    return metrics, images, labels
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: checkpoint
-def save_checkpoint(path, state):
-    """Write `state` (tensors and plain types) so that `path` is always either the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): free some space, or choose another --out") from None
-
-
-def load_checkpoint(path):
-    """-> the saved dict, on the CPU. Nothing in the file is executed (weights_only)."""
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["model"]
-    except Exception as error:  # torch reports a broken file by many types
-        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train "
-                        "again") from None
-    return state
-
-
-def make_folder(out):
-    """Create OUT before the work starts: a typing error then costs a second, not the run."""
-    path = pathlib.Path(out)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
-    return path
-
-
-def rng_state():
-    """The state of torch's global generators, as tensors that a checkpoint can hold."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-class Interrupt:
-    """`with Interrupt() as stop:` Ctrl-C and SIGTERM only set stop.asked, so that no optimizer step is cut in half."""
-
-    def __enter__(self):
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():  # nobody else may set signal handlers
-            self.before = {n: signal.signal(n, lambda *_: setattr(self, "asked", True)) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-# --- end shared
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ----- training ---------------------------------------------------------------------------------------------
 # --- shared: muon
+def orthogonalize(G, dtype=torch.float32):
+    """G (m, n) -> nearly U V^T of its singular value decomposition U S V^T: all directions of size 1.
 
-
-def orthogonalize(G, rounds=5, dtype=torch.float32):
-    """G (..., m, n) -> nearly the nearest orthogonal matrix: U V^T of G = U S V^T, but with singular values of 0.7 to 1.2.
-
-    Newton-Schulz: the odd quintic a x + b x^3 + c x^5, applied to a matrix, acts on its singular values alone, and these
-    coefficients push every value in (0, 1] towards 1 in five rounds of matrix products (Jordan et al. 2024).
-
-    >>> orthogonalize(torch.diag(torch.tensor([3.0, 0.2]))).diagonal().round(decimals=1)    # 3 and 0.2 both become about 1
-    tensor([0.7000, 1.1000])
+    Newton-Schulz: an odd polynomial a x + b x^3 + c x^5 of a matrix acts on its singular values alone, and
+    takes nothing but products. Five rounds of this one (Jordan et al. 2024) bring all values above about
+    0.0015 of the norm into 0.68 .. 1.20. Its coefficients are chosen to lift small values fast, not to end at
+    1 exactly: that suffices.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.mT if G.shape[-2] > G.shape[-1] else G  # X X^T on the short side
-    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # bf16 is exact enough, and faster where the hardware has it
-    for _ in range(rounds):
+    tall = G.shape[0] > G.shape[1]
+    X = G.mT if tall else G                                      # so that X X^T is taken on the short side
+    X = (X / (X.norm() + 1e-7)).to(dtype)                        # now no singular value exceeds 1
+    for _ in range(5):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    X = X.float()
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X      # a X + b (X X^T) X + c (X X^T)^2 X
+    return (X.mT if tall else X).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: all directions of a weight matrix move at one speed, the rare ones too (Jordan et al. 2024).
+    """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
 
-    For the matrices inside the blocks only. Matrices of one shape are orthogonalised in one batched product.
+    Few directions dominate the gradient of a matrix. This moves all of them at one speed, the rare ones too.
+    For the matrices inside the blocks only: the rows of an embedding or of the head are separate vectors,
+    which AdamW suits. dtype is that of the products (torch.optim.Muon always takes bf16: 20 times slower on a
+    CPU that emulates it).
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum))
-        self.dtype = dtype  # of the products in `orthogonalize`
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
             for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in by_shape.items():
-                updates = []
-                for p in params:
-                    velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                    velocity.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(velocity, group["momentum"]))  # Nesterov: look one step ahead
-                updates = orthogonalize(torch.stack(updates), dtype=self.dtype)
-                scale = max(1, rows / columns) ** 0.5  # an update then changes the outputs by about lr, whatever the shape
-                for p, update in zip(params, updates):
-                    p.sub_(update, alpha=group["lr"] * scale)
-
-
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
+                ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: where v will go next
+                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5            # outputs move by about lr
+                p.sub_(orthogonalize(ahead, self.dtype), alpha=group["lr"] * scale)
 # --- end shared
+
+
+# --- shared: chance
+BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: each use has its own stream
+
+
+def rng_at(*numbers, device="cpu"):
+    """Random numbers that follow from (seed, use, step) alone: to resume, no random state has to be saved."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # (1, 2) and (2, 1) are worlds apart
+    return torch.Generator(device).manual_seed(int(mixed[0] >> 1))
+
+
+def batch_at(step, N, batch, seed):
+    """Which of N images step number `step` takes -> (batch,) indices. No image comes twice in an epoch.
+
+    An epoch is N // batch steps through one permutation; the few left over are others in the next.
+    """
+    epoch, i = divmod(step, max(1, N // batch))
+    return torch.randperm(N, generator=rng_at(seed, BATCHES, epoch))[i * batch:(i + 1) * batch]
+# --- end shared
+
+
+def loss_of(model, tokens, labels):
+    """-log p(tokens | label) in nats per token, averaged over tokens (B, L)."""
+    logits = model(tokens, labels).float()                       # softmax always in 32 bits
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
 def make_optimizers(model, config, dtype):
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in inside]
-    return [Muon(matrices, lr=config.lr, dtype=dtype),
-            torch.optim.AdamW(rest, lr=config.lr_adam, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    """Muon for matrices inside the blocks; AdamW, at half its rate, for embeddings, slot vectors, head."""
+    outside = [model.token.weight, model.label.weight, model.slot, model.head.weight]
+    # the squares are averaged over 1 / (1 - 0.95) = 20 steps: the usual 1,000 are longer than the whole run
+    return [Muon(model.blocks.parameters(), config.lr, dtype=dtype),
+            torch.optim.AdamW(outside, config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
-def batch_indices(step, batch, n, seed):
-    """Which of n images step number `step` takes. A pure function: the position in the data is the step, nothing else to save."""
-    places = torch.arange(step * batch, (step + 1) * batch)
-    generator = lambda epoch: torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    first, last = step * batch // n, int(places[-1]) // n
-    orders = torch.cat([torch.randperm(n, generator=generator(epoch)) for epoch in range(first, last + 1)])
-    return orders[places - first * n]
+def train(config, model, data, dtype=torch.float32, path=None, state=None, **extra):
+    """Fit the model to data.train_tokens -> history, a list of {step, train, test} in nats per image.
 
-
-class Run:
-    """What must survive a restart: model, optimizers, random numbers, history, and the step, which is the position in the data."""
-
-    def __init__(self, config, model, dtype, codebook=None):
-        self.config, self.model, self.codebook = config, model, codebook
-        self.optimizers = make_optimizers(model, config, dtype)
-        self.rng = torch.Generator().manual_seed(config.seed)  # which labels are hidden
-        self.step, self.best, self.seconds, self.history = 0, math.inf, 0.0, []
-
-    def save(self, path):
-        save_checkpoint(path, {
-            "config": dataclasses.asdict(self.config), "model": self.model.state_dict(), "codebook": self.codebook,
-            "optimizers": [o.state_dict() for o in self.optimizers], "label_rng": self.rng.get_state(), "rng": rng_state(),
-            "step": self.step, "best": self.best, "seconds": self.seconds, "history": self.history})
-
-    def load(self, state):
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+    data: see `load_data`. dtype: of the matrix products. path: where the state is kept, with `extra`; None
+    keeps nothing. state: what an earlier call left there; training goes on behind it. Test images are looked
+    at five times and choose nothing: the learning rate ends at 0, and the last step is the model.
+    """
+    device, optimizers = model.slot.device, make_optimizers(model, config, dtype)
+    first, history, seconds = 0, [], 0.0
+    if state:
+        first, history, seconds = state["step"], state["history"], state["seconds"]
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        self.rng.set_state(state["label_rng"])
-        set_rng_state(state["rng"])
-        self.step, self.best, self.seconds, self.history = (state[k] for k in ("step", "best", "seconds", "history"))
+    every, losses, begun = max(1, config.steps // 5), [], time.time() - seconds
+    bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
+    for step in bar:
+        chosen = batch_at(step, len(data.train_tokens), config.batch, config.seed)
+        # a tenth of the classes is hidden: one network learns p(tokens | class) and p(tokens), for `guide`
+        hidden = torch.rand(len(chosen), generator=rng_at(config.seed, HIDING, step)) < 0.1
+        labels = data.train_labels[chosen].masked_fill(hidden, model.null)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of(model, data.train_tokens[chosen].to(device), labels.to(device))
+        loss.backward()
+        for optimizer, lr in zip(optimizers, (config.lr, config.lr / 2)):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # a straight line to 0
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.detach())                    # not .item(): every reading would wait for the GPU
+        if (step + 1) % every == 0 or step + 1 == config.steps:
+            mean = torch.stack(losses).mean().item() * model.length
+            if not math.isfinite(mean):                 # stop before it is saved: the old state is good
+                fail(f"the loss is {mean} at step {step + 1}: lower --lr, or use --precision fp32")
+            test = nats_per_image(model, data.test_tokens, data.test_labels)
+            bar.write(f"step {step + 1:5}   train {mean:6.1f}   test {test:6.1f} nats per image")
+            history, losses = history + [{"step": step + 1, "train": mean, "test": test}], []
+            if path:
+                save(path, {"config": vars(config), "step": step + 1, "history": history,
+                            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                            "seconds": time.time() - begun, **extra})
+    return history
 
 
-def train_step(run, x, labels, forward, dtype):
-    """One optimizer step on tokens x (B, L), in the model's order -> loss in nats per token"""
-    config, device = run.config, x.device
-    hide = torch.rand(len(labels), generator=run.rng) < config.label_dropout
-    labels = torch.where(hide, run.model.null, labels).to(device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        logits = forward(x, labels)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), x.flatten())
-    if not math.isfinite(loss.item()):
-        raise UserError(f"the loss is {loss.item()} at step {run.step}: lower --lr or --lr-adam; the last checkpoint in "
-                        f"{config.out} is still good")
-    loss.backward()
-    for optimizer, lr in zip(run.optimizers, (config.lr, config.lr_adam)):
-        optimizer.param_groups[0]["lr"] = lr * (1 - run.step / config.steps)  # linear decay to zero, no warm-up
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    return loss.item()
+# ----- data -------------------------------------------------------------------------------------------------
+# --- shared: fetch
+def fetch(folder, name, url, checksum):
+    """Path of a data file: in $NANO_DATA or data/, else downloaded there, checked, only then given its name.
 
-
-def train(run, data, tokens, dtype, out):
-    """Fit run.model; keep OUT/last.pt (the newest state) and OUT/best.pt (the lowest test loss); fill run.history."""
-    config, model, device = run.config, run.model, run.model.place.device
-    x, length = tokens.train[:, model.order.cells], len(model.place)
-    forward = torch.compile(model) if config.compile else model
-    bar, began, losses = Progress(config.steps, "train", start=run.step), time.time() - run.seconds, []
-    with Interrupt() as stop:
-        while run.step < config.steps:
-            chosen = batch_indices(run.step, config.batch, len(x), config.seed)
-            losses.append(length * train_step(run, x[chosen].to(device), data.train_labels[chosen], forward, dtype))
-            bar.update(nats_per_image=losses[-1])
-            report = run.step % config.eval_every == 0 or run.step == config.steps
-            if report:
-                val = nats_per_image(model, tokens.test, data.test_labels)
-                run.history.append({"step": run.step, "train": statistics.fmean(losses[-config.eval_every:]), "val": val})
-            if report or stop.asked:
-                run.seconds = time.time() - began
-                if report and val < run.best:
-                    run.best = val
-                    run.save(out / "best.pt")
-                run.save(out / "last.pt")
-            if stop.asked:
-                raise KeyboardInterrupt(f"Step {run.step} is saved: the same command with --resume goes on from there")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# report
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: figures
-def new_figure(width, height, rows=1, columns=1):
-    """A matplotlib figure that needs no screen (no pyplot, no state), and its axes as an array (rows, columns)."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save_figure(figure, path):
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
-
-
-def show_images(axis, images, columns, title):
-    """uint8 images (N, H, W), `columns` a row, with a thin grey line between them."""
-    grid = F.pad(images.cpu(), (0, 1, 0, 1), value=96)
-    grid = F.pad(grid, (0, 0, 0, 0, 0, -len(grid) % columns), value=96).unflatten(0, (-1, columns))
-    axis.imshow(grid.transpose(1, 2).flatten(0, 1).flatten(1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axis.set_title(title, fontsize=9)
-    axis.axis("off")
+    checksum: "md5:..." or "sha256:...". A file that lies there already is the user's own and is not checked.
+    """
+    path = pathlib.Path(os.environ.get("NANO_DATA", "data"), folder, name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = urllib.request.urlopen(url + name, timeout=30).read()
+        kind, digest = checksum.split(":")
+        if hashlib.new(kind, content).hexdigest() != digest:
+            raise OSError(f"what came from {url}{name} is damaged")
+        path.with_suffix(".part").write_bytes(content)
+        os.replace(path.with_suffix(".part"), path)              # atomic
+    return path
 # --- end shared
 
 
-def draw_samples(images, labels, data, out):
-    """samples.png: a column per class, generated; nearest.png: samples above the training images closest to them."""
-    columns = min(data.classes, 10)
-    rows = [(labels == c).nonzero()[:8, 0] for c in range(columns)]
-    chosen = torch.stack([r[:min(map(len, rows))] for r in rows], 1)
-    figure, axes = new_figure(6, 5.2)
-    show_images(axes[0, 0], images[chosen.flatten()], columns, f"{data.name}: generated, one column per class")
-    save_figure(figure, out / "samples.png")
-    some = chosen[:4].flatten()
-    near = data.train[nearest_images(images[some], data.train)]
-    pairs = torch.stack([images[some].view(-1, columns, 32, 32), near.view(-1, columns, 32, 32)], 1).flatten(0, 2)
-    figure, axes = new_figure(6, 5.2)
-    show_images(axes[0, 0], pairs, columns, "odd rows: generated; even rows: the nearest training image of each")
-    save_figure(figure, out / "nearest.png")
+# --- shared: images
+FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono
+    DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold
+    DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
+    cmr10 cmb10 cmss10 cmtt10"""  # matplotlib ships them, so they are the same on every machine
 
 
-def draw_history(history, unigram, out):
-    figure, axes = new_figure(6, 3.5)
-    axis, steps = axes[0, 0], [h["step"] for h in history]
-    axis.plot(steps, [h["train"] for h in history], ".-", label="train")
-    axis.plot(steps, [h["val"] for h in history], ".-", label="test")
-    axis.axhline(unigram, color="gray", ls=":", label="unigram baseline")
-    axis.set(xlabel="step", ylabel="nats per image", title="negative log-likelihood of the tokens")
-    axis.legend()
-    save_figure(figure, out / "loss.png")
+def glyph_masters(size):
+    """Each digit in 20 fonts and 4 stroke widths, drawn large -> uint8 (10, 80, size, size)."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    folder, drawn = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf"), []
+    for digit, name, stroke in itertools.product("0123456789", FONTS.split(), range(4)):
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), int(size * 0.68))
+        picture = Image.new("L", (size, size))                   # black
+        ImageDraw.Draw(picture).text((size / 2, size / 2), digit, 255, font, anchor="mm", stroke_width=stroke)
+        drawn.append(np.asarray(picture))
+    return torch.from_numpy(np.stack(drawn)).view(10, -1, size, size)
 
 
-def complete(config, model, data, tokens, out, count=10, draws=4):
-    """completions.png: the upper halves of test images, `draws` completions of each, and the originals."""
-    picked = torch.stack([(data.test_labels == c).nonzero()[0, 0] for c in data.test_labels.unique()[:count]])
-    given = tokens.test[picked].clone()
-    given[:, given.shape[1] // 2:] = -1
-    drawn = draw(config, model, tokens, data.test_labels[picked].repeat(draws), given.repeat(draws, 1))
-    half = data.test[picked].clone()
-    half[:, 16:] = 64
-    figure, axes = new_figure(6, 3.8)
-    show_images(axes[0, 0], torch.cat([half, drawn, data.test[picked]]), len(picked),
-               f"first row: what is given; {draws} rows: completions; last row: the original")
-    save_figure(figure, out / "completions.png")
+def glyphs(n, seed):
+    """n digits in random font, stroke, slant, size, place and contrast -> uint8 (n, 32, 32), labels (n,)."""
+    masters, rng = glyph_masters(96), torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=rng)
+    kind = torch.randint(masters.shape[1], (n,), generator=rng)  # font and stroke width
+
+    def uniform(low, high):
+        return torch.rand(n, generator=rng) * (high - low) + low
+
+    angle, shear, contrast = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.8, 1.0)
+    scale, stretch = uniform(0.72, 1.0), uniform(0.85, 1.15)
+    # rows of the affine map from output pixel (x, y, 1) to the place in the master, in units of half a
+    # picture
+    to_x = torch.stack([stretch * scale * angle.cos(), scale * (shear - angle.sin()), uniform(-0.1, 0.1)], 1)
+    to_y = torch.stack([stretch * scale * angle.sin(), scale * angle.cos(), uniform(-0.1, 0.1)], 1)
+    images = torch.empty(n, 32, 32, dtype=torch.uint8)
+    for i in torch.arange(n).split(1000):
+        grid = F.affine_grid(torch.stack([to_x[i], to_y[i]], 1), (len(i), 1, 64, 64), align_corners=False)
+        fine = F.grid_sample(masters[labels[i], kind[i]][:, None].float(), grid, align_corners=False)
+        small = F.avg_pool2d(fine, 2)[:, 0]                      # 64 x 64 samples averaged: smooth edges
+        images[i] = (small * contrast[i, None, None]).round().byte()
+    return images, labels
 
 
-def print_summary(metrics):
-    m = SimpleNamespace(**metrics)
-    print(f"""
-likelihood  {m.val_nats_per_image:.1f} nats per image ({m.bits_per_image:.0f} bits); unigram baseline {m.unigram_nats_per_image:.1f}
-quality     gFD {m.gfd:.2f}; floor (real training images) {m.gfd_floor:.2f}; ceiling (the tokenizer alone) {m.rfd:.2f}
-            {m.class_accuracy:.1%} read as the class asked for (real: {m.judge_accuracy:.1%}); diversity {m.diversity:.2f} of real
-speed       {m.calls_per_image} calls per image; {m.ms_per_image_b1:.0f} ms per image alone, {m.ms_per_image_b64:.1f} ms in a batch of 64
-total       {m.seconds:.0f} s, peak memory {m.peak_memory_mb:.0f} MB""")
+IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+             "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+IMAGE_SETS = {  # name: folder, address, MD5 sums of the four files as their publishers give them
+    "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873 "
+              "d53e105ee54ea40749a09fcbcd1e9432 9fb629c4189551a2d022fa330f9573f3 "
+              "ec29112dd5afa0611ce80d1b7f02629c"),
+    "fashion-mnist": ("fashion-mnist", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+                      "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310"),
+}
 
 
-def check(config, metrics):
-    """--check: exit with code 1 when a metric misses its band."""
-    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in CHECK.items() if metrics[name] < least]
-    if config.check and missed:
-        raise SystemExit(f"nano_ar: check failed: {'; '.join(missed)}")
+def read_idx(path):
+    """MNIST's format: 0, 0, 8 for bytes, rank r, r sizes as big-endian int32, the bytes -> uint8 array."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path.name} is no IDX file of bytes")
+    shape = np.frombuffer(raw, ">i4", raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bench
-# ---------------------------------------------------------------------------------------------------------------------
+def read_pair(path):
+    """An .npz with `images` and `labels`, or an IDX file with its labels beside it -> both arrays."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return file["images"], file["labels"]
+    if "images-idx3" not in path.name:
+        raise ValueError("not glyphs, mnist, fashion-mnist, an .npz, or a file like x-images-idx3-ubyte.gz")
+    return read_idx(path), read_idx(path.with_name(path.name.replace("images-idx3", "labels-idx1")))
 
 
-def bench(config, device, dtype):
-    """Speed of training and of sampling, with random weights: tokens per second and seconds, medians."""
-    sizes = {"patches": (8, 8, config.codebook), "pixels": (config.size, config.size, config.levels)}
-    if config.tokens not in sizes:
-        raise UserError("bench takes --tokens patches or pixels")
-    rows, columns, vocabulary = sizes[config.tokens]
-    model = GPT(vocabulary, 10, make_order(rows, columns, config.order), config.dim, config.depth, config.heads).to(device)
-    run, forward = Run(config, model, dtype), torch.compile(model) if config.compile else model
-    x = torch.randint(vocabulary, (config.batch, rows * columns), device=device)
-    labels = torch.zeros(config.batch, dtype=torch.long)
-    speed = x.numel() / milliseconds(lambda: train_step(run, x, labels, forward, dtype), 20) * 1000
-    print(f"training on {config.batch} x {rows * columns} tokens, optimizer included: {speed:,.0f} tokens/s")
-    draw = lambda cached: generate(model, labels[:1].repeat(64).to(device), None, guidance=1.5, cached=cached)
-    with_cache, without = milliseconds(lambda: draw(True), 5) / 1000, milliseconds(lambda: draw(False), 1) / 1000
-    ratio = without / with_cache
-    print(f"sampling 64 images with guidance: {with_cache:.2f} s; without the cache {without:.2f} s, {ratio:.1f} times as long")
-    return {"tokens_per_second": speed, "seconds_64": with_cache, "seconds_64_uncached": without, "cache_speedup": ratio}
+def as_tensors(images, labels):
+    """Check, and pad 28 x 28 to 32 x 32 -> uint8 (N, 32, 32), int64 (N,)."""
+    if images.dtype != np.uint8 or images.shape[1:] not in ((28, 28), (32, 32)) or len(images) < 20:
+        raise ValueError(f"needs 20 images or more, uint8, 28 x 28 or 32 x 32: {images.dtype} {images.shape}")
+    whole = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not whole or labels.min() < 0 or labels.max() > 999:
+        raise ValueError(f"needs {len(images)} labels, one an image, 0..999: {labels.dtype} {labels.shape}")
+    pad = (32 - images.shape[1]) // 2
+    padded = F.pad(torch.from_numpy(images.copy()), (pad, pad, pad, pad))
+    return padded, torch.from_numpy(labels.astype(np.int64))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# main
-# ---------------------------------------------------------------------------------------------------------------------
+def load_images(data, seed):
+    """-> images uint8 (N, 32, 32), labels (N,), test images, test labels. One file is split 9:1 by seed."""
+    if data == "glyphs":
+        return *glyphs(20000, 2 * seed), *glyphs(2000, 2 * seed + 1)
+    try:
+        if data in IMAGE_SETS:
+            folder, url, sums = IMAGE_SETS[data]
+            paths = [fetch(folder, name, url, "md5:" + md5) for name, md5 in zip(IDX_FILES, sums.split())]
+            x, y, test_x, test_y = (read_idx(path) for path in paths)
+            return *as_tensors(x, y), *as_tensors(test_x, test_y)
+        images, labels = as_tensors(*read_pair(pathlib.Path(data)))
+    except Exception as error:                                   # missing, empty, cut, foreign: many types
+        fail(f"--data {data}: {error}")
+    mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    test, train = mixed[:len(images) // 10], mixed[len(images) // 10:]
+    return images[train], labels[train], images[test], labels[test]
+# --- end shared
+
+
+# ----- evaluation -------------------------------------------------------------------------------------------
+@torch.no_grad()
+def nats_per_image(model, tokens, labels):
+    """-log p(tokens | label) in nats, averaged over the images: tokens (N, L), labels (N,)."""
+    total = 0.0
+    for part, label in zip(tokens.split(250), labels.split(250)):
+        total += loss_of(model, part.to(model.slot.device), label.to(model.slot.device)).item() * part.numel()
+    return total / len(tokens)
+
+
+def unigram_nats(data):
+    """The baseline: each cell draws its token from how often training images *of that class* have it there.
+
+    It is told the class, as the GPT is: what the GPT gains over it is what the other tokens of an image tell
+    about one. A twentieth is added to each count: no token may have probability 0, and much more would blur
+    the counts.
+    """
+    L = data.train_tokens.shape[1]
+    counts = torch.full((data.classes, L, data.codebook_size), 0.05)
+    for token, label in zip(data.train_tokens, data.train_labels):
+        counts[label, torch.arange(L), token] += 1
+    log_p = torch.log(counts / counts.sum(-1, keepdim=True))     # (classes, L, V)
+    return -log_p[data.test_labels[:, None], torch.arange(L), data.test_tokens].sum(1).mean().item()
+
+
+# --- shared: judge
+def make_judge(classes):
+    """A small classifier; its 64 last features are the space in which sets of images are compared."""
+    def halve(i, o):                                             # height and width: 32, 16, 8, 4
+        conv = nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(o), nn.ReLU())
+    return nn.Sequential(halve(1, 16), halve(16, 32), halve(32, 64), nn.Flatten(),
+                         nn.Linear(64 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, classes))
+
+
+def train_judge(images, labels, classes, device, seed, epochs=4):
+    """Fit it to uint8 images (N, 32, 32), moved at random by up to 2 pixels: place should not matter."""
+    torch.manual_seed(seed)                                      # for the weights
+    rng, judge = torch.Generator().manual_seed(seed), make_judge(classes).to(device)
+    steps, optimizer = max(epochs * len(images) // 128, 50), torch.optim.AdamW(judge.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for _ in tqdm.trange(steps, desc="judge", disable=None, leave=False):
+        i = torch.randint(len(images), (128,), generator=rng)
+        shift = torch.randint(-2, 3, (2,), generator=rng).tolist()
+        batch = torch.roll(images[i], shift, (1, 2))[:, None] / 255  # (128, 1, 32, 32)
+        F.cross_entropy(judge(batch.to(device)), labels[i].to(device)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return judge.eval()
+
+
+@torch.no_grad()
+def look(judge, images):
+    """What the judge sees in uint8 (N, 32, 32) -> features float64 (N, 64), classes (N,), both on the CPU."""
+    device, body = judge[-1].weight.device, judge[:-1]           # all but the last layer
+    features = torch.cat([body(part.to(device)[:, None] / 255) for part in images.split(500)])
+    return features.double().cpu(), judge[-1](features).argmax(-1).cpu()
+
+
+def frechet_distance(a, b):
+    """Of two sets of features (N, D), (M, D), taken as Gaussians (Heusel et al. 2017, eq. 6).
+
+    |mean_a - mean_b|^2 + tr(A + B - 2 (AB)^1/2) with the covariances A, B. Small sets look further apart than
+    they are, by about 1/N: compare only values of the same N and the same reference.
+    """
+    A, B = torch.cov(a.mT), torch.cov(b.mT)
+    # tr (AB)^1/2: the sum of the roots of AB's eigenvalues, real and >= 0 for covariances, up to rounding
+    cross = torch.linalg.eigvals(A @ B).real.clamp(min=0).sqrt().sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * cross)
+
+
+def spread(features, classes):
+    """Mean distance between two images of one class, averaged over the classes that have two."""
+    groups = [features[classes == c] for c in classes.unique()]
+    return np.mean([torch.pdist(group).mean() for group in groups if len(group) > 1])
+
+
+def image_metrics(judge, images, labels, real):
+    """Images and the classes asked for, against real images -> gfd, class_accuracy, diversity (1: as real).
+
+    Diversity groups by the class *seen*: a mistaken 7 among the 1s would otherwise count as a varied 1.
+    """
+    features, seen = look(judge, images)
+    real_features, real_seen = look(judge, real)
+    return {"gfd": frechet_distance(features, real_features),
+            "class_accuracy": (seen == labels).double().mean().item(),
+            "diversity": float(spread(features, seen) / spread(real_features, real_seen))}
+
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of uint8 images in dB: 10 log10 of 255^2 over the mean squared error."""
+    return -10 * torch.log10(((a.float() - b.float()) / 255).square().mean()).item()
+
+
+def milliseconds(function):
+    """Median of five calls after one to warm up. The function must wait for its result, as .cpu() does."""
+    return 1000 * float(np.median(timeit.repeat(function, number=1, repeat=6)[1:]))
+# --- end shared
+
+
+def evaluate(config, model, data, samples, labels):
+    """Judge samples uint8 (N, 32, 32), drawn for labels (N,) -> the metrics, plain numbers.
+
+    Three distances come from one function with one N, so they can be compared: gfd of the samples; gfd_floor
+    of training images, as good as it gets; rfd of training images through the tokenizer alone.
+    """
+    N, device = len(samples), model.slot.device
+    judge = train_judge(data.train_images, data.train_labels, data.classes, device, config.seed)
+    real, train_labels = data.test_images[:N], data.train_labels[:N]
+    floor = image_metrics(judge, data.train_images[:N], train_labels, real)
+    tokenizer_alone = image_metrics(judge, data.decode(data.train_tokens[:N]), train_labels, real)
+
+    def time_of(B):
+        asked = labels[:1].repeat(B).to(device)
+        return milliseconds(lambda: generate(model, asked, None, config.guidance).cpu()) / B
+
+    return image_metrics(judge, samples, labels, real) | {
+        "gfd_floor": floor["gfd"], "rfd": tokenizer_alone["gfd"],
+        "rpsnr": psnr(data.decode(data.test_tokens), data.test_images),
+        "val_nats_per_image": nats_per_image(model, data.test_tokens, data.test_labels),
+        "unigram_nats_per_image": unigram_nats(data), "calls_per_image": model.length,
+        "ms_per_image_b1": time_of(1), "ms_per_image_b64": time_of(64)}
+
+
+# ----- pictures ---------------------------------------------------------------------------------------------
+# --- shared: figures
+def save_images(path, images, what):
+    """uint8 images (rows, columns, 32, 32) side by side in one PNG file, twice as large."""
+    from PIL import Image
+    lined = F.pad(images, (0, 1, 0, 1), value=96)                # a grey line right of and below each image
+    sheet = lined.transpose(1, 2).flatten(2, 3).flatten(0, 1)    # (rows * 33, columns * 33)
+    Image.fromarray(sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy()).save(path)
+    print(f"wrote {path}: {what}")
+
+
+def by_class(labels, rows):
+    """Which of N labelled images to show -> indices (rows, columns), a column for each of ten classes."""
+    columns = [(labels == c).nonzero()[:rows, 0] for c in labels.unique()[:10]]
+    shortest = min(len(column) for column in columns)            # a rare class may have fewer than `rows`
+    return torch.stack([column[:shortest] for column in columns], dim=1)
+# --- end shared
+
+
+def draw_samples(out, samples, labels, pool):
+    """samples.png: a column per class. nearest.png: under each sample its nearest training image: a copy?"""
+    shown = samples[by_class(labels, 8)]                         # (8, columns, 32, 32)
+    save_images(out / "samples.png", shown, "drawn by the model, one column per class")
+    some = shown[:4].flatten(0, 1)
+    near = pool[kernels.nearest_code(some.flatten(1).float(), pool.flatten(1).float())]  # by squared distance
+    pairs = torch.stack([shown[:4], near.view_as(shown[:4])], dim=1)  # (4, 2, columns, 32, 32)
+    save_images(out / "nearest.png", pairs.flatten(0, 1), "odd rows drawn, even rows the nearest of training")
+
+
+def complete(config, model, data, out):
+    """completions.png: upper halves of test images, four lower halves drawn for each, and the originals."""
+    chosen = by_class(data.test_labels, 1)[0]                    # one image per class: (columns,)
+    given = data.test_tokens[chosen].repeat(4, 1)                # (4 * columns, L)
+    given[:, model.length // 2:] = -1                   # the first half of the raster is the upper half
+    drawn = draw(config, model, data.test_labels[chosen].repeat(4), data.decode, given)
+    halves = data.test_images[chosen].clone()
+    halves[:, 16:] = 64
+    rows = torch.cat([halves, drawn, data.test_images[chosen]]).unflatten(0, (6, -1))
+    save_images(out / "completions.png", rows, "first row given, then four drawn, last row the original")
+
+
+# ----- settings and main ------------------------------------------------------------------------------------
+NAME, PARTS = "nano_ar", ("train", "sample", "eval", "complete")
+FLAGS = {  # name: default, what is allowed (a list, or the least value), help
+    "data": ("glyphs", None, "glyphs, mnist, fashion-mnist, an IDX file, or an .npz with images and labels"),
+    "out": ("out/ar", None, "folder for checkpoint, pictures, samples.npz and metrics.json"),
+    "preset": ("cpu", ("cpu", "gpu"), "other defaults; gpu: for an 8 GB card and half an hour"),
+    "seed": (0, 0, "of the data, the weights and the samples"),
+    "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
+    "precision": ("auto", ("auto", "fp32", "bf16"), "of products in training; auto: bf16 where it is fast"),
+    "resume": (False, None, "go on from OUT/last.pt exactly where it stopped"),
+    "codebook": (512, 2, "number of codewords"),
+    "dim": (128, 32, "width of the model, a multiple of 32: a head has 32 numbers"),
+    "depth": (4, 1, "number of blocks"),
+    "steps": (500, 1, "optimizer steps"),
+    "batch": (64, 1, "images per step"),
+    "lr": (0.04, 0, "learning rate of Muon; AdamW takes half of it"),
+    "samples": (2000, 10, "images to draw"),
+    "guidance": (1.25, 0, "classifier-free guidance; 1: the plain model"),
+    "temperature": (1.0, 0, "divides the logits; 0 takes the most probable token"),
+    "top_p": (1.0, 0.001, "keep the most probable tokens up to this mass; 1 keeps all"),
+}
+PRESETS = {"cpu": {}, "gpu": dict(codebook=1024, dim=384, depth=8, steps=4000, batch=256, lr=0.02,
+                                  samples=10000)}
+FREE = {"samples", "guidance", "temperature", "top_p"}  # may differ from the checkpoint's
+
+
+# --- shared: settings
+LOCAL = {"out", "device", "precision", "resume"}  # of this run alone: never taken from a checkpoint
+
+
+def fail(message):
+    """What is wrong, where, and what to do, in one line on stderr; exit code 2."""
+    print(f"{NAME}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_settings(argv=None):
+    """The command line -> part, config, checkpoint (empty unless resumed or sampled from).
+
+    A flag that was given wins over the checkpoint, that over the preset, that over the default. But a flag
+    that contradicts what the weights were trained with is an error: to ignore it silently would be to lie.
+    """
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail                                 # argparse would print the usage first: many lines
+    parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS), help="what to do")
+    for name, (default, _, text) in FLAGS.items():
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        kind |= {"default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
+        parser.add_argument("--" + name.replace("_", "-"), **kind)
+    given = vars(parser.parse_args(argv))               # SUPPRESS: this holds only what was really given
+    part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
+    needed = "resume" in given or part not in ("all", "train")
+    state = load(pathlib.Path(given.get("out", defaults["out"]), "last.pt")) if needed else {}
+    saved = {name: value for name, value in state.get("config", {}).items() if name not in LOCAL}
+    for name, value in given.items():
+        allowed, flag = FLAGS[name][1], f"--{name.replace('_', '-')} {value}"
+        if isinstance(allowed, tuple) and value not in allowed:
+            fail(f"{flag}: choose one of {', '.join(allowed)}")
+        if isinstance(allowed, (int, float)) and not allowed <= value < math.inf:  # so written, nan fails too
+            fail(f"{flag}: must be a number from {allowed} on")
+        if name not in FREE and saved.get(name, value) != value:
+            fail(f"{flag}: the checkpoint has {saved[name]}; drop the flag, or choose another --out")
+    preset = PRESETS[{**defaults, **saved, **given}["preset"]]
+    return part, SimpleNamespace(**{**defaults, **preset, **saved, **given}), state
+
+
+def pick_device(name, precision):
+    """-> device, dtype of matrix products in training: bf16 only where the hardware multiplies it fast."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in has if has[k]) if name == "auto" else name
+    if not has[kind]:
+        fail(f"--device {name}: this torch sees no such device; use --device cpu")
+    if kind == "cuda":
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+    else:                                               # without this unit a CPU is 15 x slower in bf16
+        fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = fast if precision == "auto" else precision == "bf16"
+    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32
+
+
+def save(path, state):
+    """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save({"script": NAME, **state}, file)
+    os.replace(path.with_suffix(".tmp"), path)                   # atomic
+
+
+def load(path):
+    """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["script"] != NAME:
+            raise ValueError("written by another script")
+    except FileNotFoundError:
+        fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
+    except Exception:                                            # torch reports broken files by many types
+        fail(f"{path} is broken, or not a checkpoint of {NAME}: train again, or choose another --out")
+    return state
+
+
+def run_as_program(main):
+    """Call main(). What a user can cause ends in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --resume goes on from the last report")
+    except OSError as error:
+        fail(f"cannot write {error.filename or ''} ({error.strerror}): make room, or choose another --out")
+# --- end shared
+
+
+def load_data(config, codebook=None):
+    """Images, their tokens and the way back, in one namespace. The codebook is fitted unless one is given."""
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    data = SimpleNamespace(**dict(zip(names, load_images(config.data, config.seed))))
+    if codebook is None:
+        codebook = fit_codebook(data.train_images, config.codebook, rng_at(config.seed, CODEBOOK))
+    data.codebook, data.codebook_size = codebook, len(codebook)
+    data.train_tokens = encode(data.train_images, codebook)      # (N, 64)
+    data.test_tokens = encode(data.test_images, codebook)
+    data.decode = functools.partial(decode, codebook=codebook)   # tokens (N, 64) -> uint8 images (N, 32, 32)
+    data.classes = int(max(data.train_labels.max(), data.test_labels.max())) + 1
+    return data
 
 
 def main(argv=None):
-    """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
-    began = time.time()
-    part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
-    device, dtype, reason = pick_device(config.device, config.precision)
-    if config.dim % config.heads or config.dim // config.heads % 4:
-        raise UserError(f"--dim {config.dim} --heads {config.heads}: the width must be a multiple of 4 times the number of heads")
-    print(f"nano_ar: {reason}; attention: {kernels.path(torch.empty(0, device=device)).name}", flush=True)
-    keep_freed_memory()
-    torch.manual_seed(config.seed)
-    if part == "bench":
-        return bench(config, device, dtype)
-    out, saved = make_folder(config.out), None
-    if config.resume or part not in ("all", "train"):
-        saved = load_checkpoint(out / ("last.pt" if config.resume else "best.pt"))
-        config = adopt(config, saved["config"], config.out, PRESETS[config.preset])
-    data, tokens, codebook = load_tokens(config, device, saved and saved["codebook"])
-    order = make_order(*tokens.grid, config.order)
-    model = GPT(tokens.codebook_size, data.classes, order, config.dim, config.depth, config.heads).to(device)
+    """The command line -> the metrics, which are also written to OUT/metrics.json."""
+    begun, (part, config, state) = time.time(), read_settings(argv)
+    if config.dim % 32:
+        fail(f"--dim {config.dim}: must be a multiple of 32, the size of a head")
+    device, dtype = pick_device(config.device, config.precision)
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)              # now: a typing error must not cost the whole run
+    data = load_data(config, state.get("codebook"))
+    torch.manual_seed(config.seed)                      # for the weights
+    heads = config.dim // 32
+    model = GPT(data.codebook_size, data.classes, SIDE, SIDE, config.dim, config.depth, heads).to(device)
     params = sum(p.numel() for p in model.parameters())
-    print(f"data {data.name}: {len(data.train)} train, {len(data.test)} test; tokens: {tokens.grid[0]} x {tokens.grid[1]} of "
-          f"{tokens.codebook_size}; model: {params / 1e6:.2f} M parameters", flush=True)
-    metrics = {"device": reason, "params": params, "seed": config.seed}
-
+    print(f"{NAME}: {len(data.train_images):,} training images, {params:,} weights, on {device}, products in "
+          f"{str(dtype)[6:]}, attention by {kernels.path(model.slot).name}")
+    metrics = {"device": str(device), "seed": config.seed, "params": params}
     if part in ("all", "train"):
-        run = Run(config, model, dtype, codebook)
-        if config.resume:
-            run.load(saved)
-        train(run, data, tokens, dtype, out)
-        metrics["tokens_per_second"] = run.step * config.batch * len(model.place) / max(run.seconds, 1e-9)
-        saved = load_checkpoint(out / "best.pt")
-    model.load_state_dict(saved["model"])
-    model.eval()
-    if part in ("all", "eval"):
-        measured, images, labels = evaluate(config, model, data, tokens)
-        metrics |= measured
-    if part == "sample":
-        labels = torch.arange(min(config.samples, 8 * data.classes)) % data.classes
-        images = draw(config, model, tokens, labels)
-    if part in ("all", "eval", "sample"):
-        np.savez_compressed(out / "samples.npz", images=images.numpy(), labels=labels.numpy())
-        draw_samples(images, labels, data, out)
+        train(config, model, data, dtype, out / "last.pt", state, codebook=data.codebook)
+        state = load(out / "last.pt")
+        metrics["tokens_per_second"] = config.steps * config.batch * model.length / state["seconds"]
+    model.load_state_dict(state["model"])
+    if part in ("all", "sample", "eval"):               # classes as frequent as in the test set
+        labels = data.test_labels[torch.arange(config.samples) % len(data.test_labels)]
+        samples = draw(config, model, labels, data.decode)
+        np.savez_compressed(out / "samples.npz", images=samples.numpy(), labels=labels.numpy())
+        draw_samples(out, samples, labels, data.train_images)
     if part in ("all", "complete"):
-        complete(config, model, data, tokens, out)
-    metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
+        complete(config, model, data, out)
     if part in ("all", "eval"):
-        draw_history(saved["history"], metrics["unigram_nats_per_image"], out)
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-        print_summary(metrics)
-        check(config, metrics)
+        metrics |= evaluate(config, model, data, samples, labels) | {"history": state["history"]}
+        metrics["seconds"] = time.time() - begun
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        print_summary(SimpleNamespace(**metrics))
     return metrics
 
 
+def print_summary(m):
+    print(f"""
+likelihood   {m.val_nats_per_image:.1f} nats an image; from class and cell {m.unigram_nats_per_image:.1f}
+quality      gFD {m.gfd:.2f}; real images {m.gfd_floor:.2f}; tokenizer alone {m.rfd:.2f} ({m.rpsnr:.1f} dB)
+             {m.class_accuracy:.1%} read as the class asked for; diversity {m.diversity:.2f} (real images: 1)
+speed        {m.ms_per_image_b1:.0f} ms for one image alone, {m.ms_per_image_b64:.1f} ms in a batch of 64
+total        {m.seconds:.0f} s""")
+
+
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    run_as_program(main)
