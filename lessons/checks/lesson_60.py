@@ -54,7 +54,7 @@ def check_online(online):
     ("scales counted, not tokens", "start += [edges[max(k - previous, 0)]] * count", "start += [max(k - previous, 0)] * count"),
 )
 def check_intervals(intervals):
-    for counts, previous in (([1], 0), ([1, 2, 1], 3), ([1, 2, 1], 0), ([1, 4, 9, 16], 1), ([3, 1, 2, 5, 2], 2)):
+    for counts, previous in (([1], 0), ([1, 2, 1], 1), ([1, 2, 1], 3), ([1, 2, 1], 0), ([1, 4, 9, 16], 1), ([3, 1, 2, 5, 2], 2)):
         scale = []
         for k, count in enumerate(counts):
             scale += [k] * count
@@ -80,7 +80,8 @@ def check_intervals(intervals):
 def check_tile_kinds(tile_kinds):
     cases = (
         ([0], [1], 1, 1, 1),
-        ([0] * 7, list(range(1, 8)), 7, 2, 3),  # causal
+        ([0] * 4, [1, 2, 3, 4], 4, 2, 2),  # causal
+        ([0] * 7, list(range(1, 8)), 7, 2, 3),
         ([0, 0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8], 8, 2, 2),  # a window of two
         ([0] * 1 + [1] * 4 + [5] * 9, [1] * 1 + [5] * 4 + [14] * 9, 14, 4, 2),  # each scale alone
         ([0] * 6, [12] * 6, 12, 4, 4),  # everything, and a last tile of two rows

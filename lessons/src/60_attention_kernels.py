@@ -26,12 +26,13 @@ from lessons.checks import band, lesson_60 as check, put, steps
 
 # %%
 s = torch.tensor([0.0, 50.0, 100.0])
+print(f"float32 ends at e^{torch.tensor(torch.finfo().max).log():.1f}")
 print("exponentials:    ", s.exp())
 print("without maximum: ", s.exp() / s.exp().sum())
 print("with maximum:    ", (s - s.max()).exp() / (s - s.max()).exp().sum())
 
 # %% [markdown]
-# A float32 ends near $e^{88}$, so the third exponential is infinite and the quotient is not a number. The maximum is needed, and it is
+# The third exponential is infinite, and the quotient is not a number. The maximum is needed, and it is
 # known only after the last score. So: one pass for the maximum, one for the sum, one for the weights? The way out is to
 # start with the largest score **so far**, and to correct when a larger one turns up.
 #
@@ -195,7 +196,7 @@ check.check_tile_kinds(tile_kinds)
 # %%
 def shares(mask, block_m=128, block_n=64):
     """Share of the pairs that are seen, and of the pairs in tiles that are visited."""
-    bounds = mask.tiles(block_m, block_n)[0][0][0]  # query tiles x (lo, full_lo, full_hi, hi)
+    bounds = mask.tiles(block_m, block_n)[0][0, 0]  # query tiles x (lo, full_lo, full_hi, hi)
     visited = (bounds[:, 3] - bounds[:, 0]).sum() * block_m
     return mask.dense().float().mean(), visited / (len(bounds) * block_m * -(-mask.shape[1] // block_n) * block_n)
 
@@ -216,7 +217,7 @@ for name, mask in masks.items():
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
 for axis, name in zip(axes, ("causal", "next-scale", "own scale and one before")):
     mask, colour = masks[name], torch.zeros(6 * 128, 11 * 64)
-    for tile, (lo, full_lo, full_hi, hi) in enumerate(mask.tiles(128, 64)[0][0][0].tolist()):
+    for tile, (lo, full_lo, full_hi, hi) in enumerate(mask.tiles(128, 64)[0][0, 0].tolist()):
         rows = colour[tile * 128:(tile + 1) * 128]
         rows[:, lo:hi], rows[:, full_lo:full_hi] = 1, 2
     colour[:680, :680] += 0.35 * mask.dense()[0, 0]
@@ -340,8 +341,14 @@ for dtype in (torch.float32, torch.bfloat16) if kernels.interpreting() else ():
 #
 # $\delta_i=\sum_j p_{ij}\,dp_{ij}$ is there because the weights of a row sum to 1: raising one lowers the others. As written it needs a whole row of
 # weights. But $\sum_j p_{ij}\,(do_i\cdot v_j)=do_i\cdot o_i$: a product of two rows of D numbers, known before the loop starts (arXiv:2205.14135,
-# Appendix B.2; arXiv:2307.08691, Algorithm 2). Two keys with weights 1/2 and $dp=(3,1)$: $\delta=2$ and $ds=(1/2,-1/2)$. Without $\delta$ it would be
-# $(3/2,1/2)$.
+# Appendix B.2; arXiv:2307.08691, Algorithm 2). Worked, for two keys:
+
+# %%
+p, dp = torch.tensor([0.5, 0.5]), torch.tensor([3.0, 1.0])
+print(f"delta = {(p * dp).sum():.0f}, ds = {(p * (dp - (p * dp).sum())).tolist()}, without delta {(p * dp).tolist()}")
+
+# %% [markdown]
+# What one score gains the other must lose; without $\delta$ both would be told to grow.
 #
 # **Exercise 6.** `backward(q, k, v, o, lse, do, seen, scale)`: q, o, do (B, H, N, D), k and v (B, H, M, D), lse (B, H, N), seen (N, M) boolean, True where
 # query i sees key j -> the tuple dq, dk, dv. No autograd.
