@@ -593,9 +593,8 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
 
     mask: a Mask, or None for all. scale: D^-0.5 unless given. A query that sees no key gives 0. return_lse:
     also the log-sum-exp of the scores (B, H, N), float32 without gradient. Under autocast the inputs are cast
-    to its dtype, on a CPU to float32. Kernels: float32, bf16, fp16; D <= 128, padded with zeros to a power of
-    two; q, k, v are copied unless they are contiguous; a head holds fewer than 2^31 numbers; no second
-    derivatives.
+    to its dtype. Kernels: float32, bf16, fp16; D <= 128, padded with zeros to a power of two; q, k, v are
+    copied unless they are contiguous; a head holds fewer than 2^31 numbers; no second derivatives.
 
     >>> x = torch.randn(1, 2, 5, 16)
     >>> torch.allclose(attention(x, x, x, causal(5))[:, :, 0], x[:, :, 0])    # token 0 sees only itself
@@ -603,7 +602,7 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
     """
     device = q.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     scale = _check_attention("attention", q, k, v, scale)
     N, M, D = q.shape[2], k.shape[2], q.shape[3]

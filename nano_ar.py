@@ -2,41 +2,43 @@
 
 An image becomes a grid of tokens, the grid a sequence; a small GPT learns p(token | class, tokens before).
 
-    32 x 32 image        8 x 8 tokens              GPT, one call per token                   new image
-    +--------+  4 x 4   +----------+           slot      0     1    2  ...  63
-    |   /|   |  patches | 0 0 7 0  |  raster   reads   class  t0   t1  ...  t62    draw t0, feed it back,
-    |    |   | -------> | 0 3 9 1  | ------->            |     |    |        |     draw t1, ... 64 calls,
-    |   _|_  |  nearest | 0 0 9 0  |  order              v     v    v        v     then paste 64 patches
-    +--------+ codeword +----------+           predicts  t0    t1   t2 ...  t63
+    32 x 32 image       8 x 8 tokens              GPT, one call per token                  new image
+    +--------+  4 x 4  +-----------+         slot      0     1    2  ...  63
+    |   /|   | patches | 0 0 7 ... | raster  reads   class  t0   t1  ...  t62    draw t0, feed it back,
+    |    |   | ------> | 0 3 9 ... | ----->            |     |    |        |     draw t1, ... 64 calls,
+    |   _|_  | nearest | ...       | order             v     v    v        v     then paste 64 patches
+    +--------+ codeword+-----------+         predicts  t0    t1   t2 ...  t63
+                                             (each slot sees all slots before it)
 
-The chain rule makes this a law over whole images, with nothing left out and nothing approximated:
+The chain rule makes this a law over all grids of tokens, with nothing left out and nothing approximated:
 
-    p(image | class) = p(t0 | class) p(t1 | class, t0) ... p(t63 | class, t0 .. t62)
+    p(tokens | class) = p(t0 | class) p(t1 | class, t0) ... p(t63 | class, t0 .. t62)
 
-So the loss of one image, -log p, is a sum of 64 cross-entropies. In nats it can be compared with every other
-model of the same tokens, and with no model of other tokens. The parts of the file:
+So the loss of one image, -log p, is a sum of 64 cross-entropies. In nats it can be compared with any other
+model of the same tokens; with a model of other tokens (another codebook, other patches) it cannot. The parts
+of the file:
 
     tokens      k-means on 4 x 4 patches: the simplest codebook that works (learned ones: nano_tok.py)
-    model       a GPT with the class in its first slot and positions in two dimensions
+    model       a GPT with the class in its first slot and positions in two dimensions; the loss
     sampling    cache of keys and values; classifier-free guidance; the rest of a half-given image
     training    cross-entropy with a tenth of the classes hidden; Muon for matrices, AdamW for the rest
     the rest    data, judging what was drawn, pictures, settings
 
 The recipe is LlamaGen's (Sun et al. 2024, arXiv:2406.06525), small enough for two CPU cores and two minutes.
-As there: class token, raster order, rotary positions per axis (Su et al. 2021, arXiv:2104.09864), hidden
-classes and guidance (Ho & Salimans 2022, arXiv:2207.12598). Ours, not theirs: k-means tokens, a learned
-vector per slot, normalised queries and keys, norm without gain, relu^2, Muon (Jordan et al. 2024,
+As there: a class token, raster order, rotary positions per axis (Su et al. 2021, arXiv:2104.09864), hidden
+classes and guidance (Ho & Salimans 2022, arXiv:2207.12598). Ours, and explained where they stand: k-means
+tokens, a vector per slot, normalised queries and keys, relu^2, and Muon (Jordan et al. 2024,
 kellerjordan.github.io/posts/muon).
 
 Letters in comments: B images in a batch, L = 64 tokens of an image, V codewords, C width of the model,
-H heads, D = C / H numbers per head, N any number of images or slots. Slot 0 reads the class, slot s > 0 reads
-token s - 1, and slot s predicts token s.
+H heads, D = C / H numbers per head, N any number of images or slots. Blocks between `# --- shared: NAME` and
+`# --- end shared` stand word for word in other scripts too: read them once.
 
     python nano_ar.py                       train, draw 2,000 images, judge them, paint: all goes to out/ar
     python nano_ar.py --data mnist          the same with handwritten digits (downloads 11 MB once)
     python nano_ar.py sample --guidance 3   draw from the trained model
     python nano_ar.py complete              four lower halves for each of ten upper halves
-    python nano_ar.py train --resume        go on after Ctrl-C or a power cut, bit for bit
+    python nano_ar.py train --resume        go on after Ctrl-C or a power cut; bit for bit on a CPU
     python nano_ar.py --preset gpu          a wider, deeper model, for one small GPU
 """
 import argparse, functools, gzip, hashlib, itertools, json, math
@@ -57,7 +59,7 @@ SIDE, PATCH = 8, 4  # an image is SIDE x SIDE patches of PATCH x PATCH pixels
 
 def to_patches(images):
     """Cut images (N, 32, 32) into patches (N, 64, 16): patches, and the pixels in them, in reading order."""
-    cut = images.view(-1, SIDE, PATCH, SIDE, PATCH)     # patch row, row in it, patch column, column in it
+    cut = images.view(-1, SIDE, PATCH, SIDE, PATCH)     # (N, patch row, row in it, patch column, column)
     return cut.transpose(2, 3).reshape(-1, SIDE * SIDE, PATCH * PATCH)
 
 
@@ -68,19 +70,19 @@ def from_patches(patches):
 
 
 def kmeans(points, k, rng, rounds=20):
-    """Lloyd's algorithm: points (N, D) -> codebook (k, D) with a locally smallest mean squared distance.
+    """Lloyd's algorithm: points (N, d) -> codebook (k, d) whose mean squared distance to them is small.
 
-    Two steps that can only lower the distance: every point picks its nearest codeword, every codeword moves
-    to the mean of its points. The start is k *distinct* points: most patches of a digit are the same black
-    one, and equal codewords would stay equal for ever. Where there are fewer distinct points than k, the
-    codebook is smaller.
+    Two steps that can only lower it: every point picks its nearest codeword, every codeword moves to the mean
+    of its points. After 20 rounds they hardly move. The start is k *distinct* points: most patches of a digit
+    are the same black one, and equal codewords would stay equal for ever. Of fewer distinct points all are
+    taken.
     """
     distinct = points.unique(dim=0)
-    codebook = distinct[torch.randperm(len(distinct), generator=rng)[:k]].clone()
+    codebook = distinct[torch.randperm(len(distinct), generator=rng)[:k]]
     for _ in range(rounds):
         nearest = kernels.nearest_code(points, codebook)                      # (N,) integers below k
         counts = torch.bincount(nearest, minlength=len(codebook))[:, None]    # (k, 1) points of each codeword
-        sums = torch.zeros_like(codebook).index_add_(0, nearest, points)      # (k, D)
+        sums = torch.zeros_like(codebook).index_add_(0, nearest, points)      # (k, d), sum of its points
         codebook = torch.where(counts > 0, sums / counts.clamp(min=1), codebook)  # no points: stay in place
     return codebook
 
@@ -88,7 +90,7 @@ def kmeans(points, k, rng, rounds=20):
 def fit_codebook(images, k, rng):
     """uint8 images (N, 32, 32) -> codebook float (k, 16): the k typical patches, in grey levels 0..255."""
     patches = to_patches(images).flatten(0, 1)                   # (N * 64, 16)
-    some = torch.randperm(len(patches), generator=rng)[:100_000]  # 200 for each of 512 means are enough
+    some = torch.randperm(len(patches), generator=rng)[:100_000]  # for 512 means 200 points each are enough
     return kmeans(patches[some].float(), k, rng)
 
 
@@ -98,7 +100,7 @@ def encode(images, codebook):
 
 
 def decode(tokens, codebook):
-    """Tokens (N, 64) -> uint8 images (N, 32, 32): paste the codewords. What `encode` has lost stays lost."""
+    """Tokens (N, 64) -> uint8 images (N, 32, 32): paste the codewords. What is lost stays lost."""
     return from_patches(codebook[tokens].round().byte())
 
 
@@ -106,35 +108,38 @@ def decode(tokens, codebook):
 def rope_table(places, head_dim, base=100.0):
     """2-D rotary positions: places (N, 2) of (row, column) -> cosines and sines, (N, D/2) each.
 
-    Numbers j and j + D/2 of a query or key form a pair, a point in the plane, which is turned by an angle
-    proportional to the place: the first half of the pairs by the row, the second by the column. Turning q by
-    a and k by b leaves q.k depending on a - b alone: a score knows how far apart two cells are, wherever they
-    are. The fastest pair turns 1 radian per cell, the slowest 1/base: over a grid of 8 cells it hardly moves,
-    and so compares content alone.
+    Take numbers j and j + D/2 of a query as a point in the plane and turn it by an angle proportional to the
+    row (first half of the points) or the column (second half); do the same to the keys. The product of two
+    points turned by angles a and b depends on a - b only. So a score q.k depends on what the two slots hold
+    and on how many rows and columns apart they are, and not on where they are.
+
+    Each axis has D/4 speeds, from 1 radian a cell (tells neighbours apart) down to about 1/base (the same all
+    over the image). Text uses base 10,000 for thousands of places; 100 suits grids of some tens of cells.
     """
-    quarter = head_dim // 4                                      # pairs for each of the two axes
-    speed = base ** (-torch.arange(quarter) / quarter)           # (D/4,) from 1 down to about 1/base
+    quarter = head_dim // 4                                      # points for each of the two axes
+    speed = base ** -(torch.arange(quarter) / quarter)           # (D/4,); D = 32: 1, .56, .32, ... .018
     angle = torch.cat([places[:, :1] * speed,                    # (N, D/4) turned by rows
                        places[:, 1:] * speed], dim=1)            # (N, D/4) turned by columns
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x_j, x_{j + D/2}) of x (B, H, N, D) by the angles of the table, (N, D/2) each."""
-    a, b = x.chunk(2, dim=-1)                           # the two coordinates of all pairs: (B, H, N, D/2)
+    """Turn the points (x_j, x_{j + D/2}) of x (B, H, N, D) by the table's angles, each (N, D/2)."""
+    a, b = x.chunk(2, dim=-1)                           # the two coordinates of all points: (B, H, N, D/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def norm(x):
-    """Mean 0, variance 1 over the last axis. No gain, no bias: the matrix that follows can do their work."""
+    """Mean 0, variance 1 over the last axis. A learned gain is usual; the matrix that follows can hold it."""
     return F.layer_norm(x, x.shape[-1:])
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): corrections to a stream x that runs through.
 
-    The last matrix of each starts at 0, so a new block is the identity: depth does not disturb the first
-    steps, and training needs no warm-up.
+    `proj` and `down`, the last matrices of the two, start at 0, and so does the head: at first a block
+    changes nothing, and depth cannot disturb the first steps. Step 1 moves the head alone, step 2 also proj
+    and down, and from step 3 on gradients reach everything.
     """
 
     def __init__(self, dim, heads):
@@ -150,26 +155,26 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None, start=0):
         """x (B, N, C), the slots start .. start + N - 1 -> (B, N, C).
 
-        Training passes all slots and a mask. Sampling passes the new slot alone, and this layer's cache (2,
-        B, H, L, D) of the keys and values of all slots before it: they cannot change any more, since no slot
+        Training passes all slots and a mask. Sampling passes one new slot, and what this layer has kept: a
+        cache (2, B, H, L, D) with keys and values of the slots before. They cannot change any more: no slot
         looks ahead.
         """
         B, N, C = x.shape
         qkv = self.qkv(norm(x)).view(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)            # heads before slots, for attention: (B, H, N, D) each
-        # After norm, q and k have length sqrt(D), so a score q.k / sqrt(D) stays below sqrt(D) = 5.7. Without
-        # it scores grow as training goes on: large steps diverge, and in 16 bits small differences of large
-        # scores round away.
+        # norm gives q and k the length sqrt(D), so scores q.k / sqrt(D) stay within +- sqrt(D), 5.7 at D =
+        # 32. Without it they grow as training goes on: large steps diverge, and 16 bits are too coarse for
+        # them. .to: norm and rotate compute in 32 bits, attention in those of the products
         q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)
         if cache is None:
             y = kernels.attention(q, k, v, mask)                 # (B, H, N, D)
         else:
             cache[0, :, :, start:start + N] = k
             cache[1, :, :, start:start + N] = v
-            # no mask: the filled part of the cache is exactly what the new slot may see, itself included
+            # no mask is needed: the filled part of the cache is just what a new slot may see, itself included
             y = kernels.decode_attention(q, cache[0], cache[1], start + N, causal=False)
         x = x + self.proj(y.transpose(1, 2).reshape(B, N, C))    # heads side by side again
-        return x + self.down(F.relu(self.up(norm(x))).square())  # relu^2: cheaper than gelu, learns as well
+        return x + self.down(F.relu(self.up(norm(x))).square())  # relu^2: cheaper than gelu
 
 
 class GPT(nn.Module):
@@ -181,16 +186,13 @@ class GPT(nn.Module):
         self.null = classes                             # one more class, "none", for p(tokens): see `guide`
         self.token = nn.Embedding(codebook_size, dim)
         self.label = nn.Embedding(classes + 1, dim)
-        # RoPE says how far apart two slots are. This vector says which cell a slot must predict: after the
-        # last cell of a row comes the first of the next, far to the left, and differences of places do not
-        # tell.
+        # Rotary positions enter scores only. This vector puts into the stream which cell a slot must predict.
         self.slot = nn.Parameter(torch.randn(self.length, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, codebook_size, bias=False)
-        nn.init.zeros_(self.head.weight)                # all logits 0: the first loss is log V, 6.24 nats
+        nn.init.zeros_(self.head.weight)                # all logits 0: the first loss is log 512 = 6.24 nats
         cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))  # (L, 2): (0, 0), (0, 1), ...
-        # The class sits at (0, 0), the cells from (1, 1) on. (LlamaGen instead zeroes cos and sin of the
-        # class, and so its query and key.) The last cell is never read: nothing comes after it.
+        # the class at (0, 0), the cells from (1, 1) on; the last cell is never read, nothing comes after it
         places = torch.cat([torch.zeros(1, 2), cells + 1])[:self.length]
         cos, sin = rope_table(places, dim // heads)
         self.register_buffer("cos", cos, persistent=False)  # follows .to(device); computed, so never saved
@@ -199,8 +201,9 @@ class GPT(nn.Module):
     def forward(self, tokens, labels):
         """Training: tokens (B, L), labels (B,) -> logits (B, L, V); row t saw class and tokens before t.
 
-        Every slot reads the true tokens, not those that the model would have drawn (teacher forcing). That is
-        what lets one call learn 64 predictions.
+        Every slot reads the true tokens, not those that the model would have drawn (teacher forcing): so one
+        call learns 64 predictions. The mask is the trap. Without it slot t could look at slot t + 1, which
+        reads the token that slot t must predict: the loss goes to 0, and what is drawn is noise.
         """
         x = torch.cat([self.label(labels)[:, None], self.token(tokens[:, :-1])], dim=1)  # shifted by one slot
         x = x + self.slot                               # (B, L, C)
@@ -209,7 +212,7 @@ class GPT(nn.Module):
         return self.head(norm(x))
 
     def new_cache(self, B):
-        """Room for keys and values of all layers and slots: (depth, 2, B, H, L, D), 256 KB an image."""
+        """Room for all keys and values: (depth, 2, B, H, L, D); by default 256 KB a row."""
         heads = self.blocks[0].heads
         return self.slot.new_zeros(len(self.blocks), 2, B, heads, self.length, self.slot.shape[1] // heads)
 
@@ -221,13 +224,19 @@ class GPT(nn.Module):
         return self.head(norm(x))
 
 
+def loss_of(model, tokens, labels):
+    """-log p(tokens | label) in nats per token: -log softmax(logits)[token], averaged over tokens (B, L)."""
+    logits = model(tokens, labels).float()                       # (B, L, V); the softmax always in 32 bits
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
 # ----- sampling ---------------------------------------------------------------------------------------------
 def guide(conditional, unconditional, scale):
-    """Classifier-free guidance on logits (Ho & Salimans 2022, eq. 6, w = scale - 1); scale 1: plain model.
+    """Classifier-free guidance on logits (Ho & Salimans 2022, eq. 6; their w is scale - 1). 1: plain model.
 
-    In probabilities, up to a constant: p(t | class) (p(t | class) / p(t))^(scale - 1). Tokens that speak for
-    the class gain, at the price of variety. Worked: logit 2 with the class, 1 without, scale 3: 1 + 3 (2 - 1)
-    = 4.
+    In probabilities p of a token, up to a constant: p(with the class) (p(with) / p(without))^(scale - 1). A
+    token twice as likely with the class as without gains a factor 2 at scale 2 and 4 at scale 3: images show
+    their class more clearly, and vary less.
     """
     return unconditional + scale * (conditional - unconditional)
 
@@ -236,13 +245,13 @@ def guide(conditional, unconditional, scale):
 def generate(model, labels, rng, guidance=1.0, temperature=1.0, top_p=1.0, given=None):
     """Draw one image for each label (B,) -> tokens (B, L). given: (B, L) tokens to keep, -1 where free.
 
-    Each of the L calls reads one new slot; all older ones come from the cache. Without it call t would
-    compute t slots again: 64 * 65 / 2 = 2,080 slots instead of 64. A kept token tells what comes *after* it
-    in raster order and nothing that comes before: a lower half can be drawn for an upper one, not the other
-    way round.
+    Each of the L calls reads one new slot and takes the older ones from the cache. Without a cache call t + 1
+    would compute t + 1 slots: 1 + 2 + ... + 64 = 2,080 instead of 64. A kept token tells what comes *after*
+    it in raster order and nothing that comes before: a lower half can be drawn for an upper one, not the
+    reverse.
     """
     B, guided = len(labels), guidance != 1
-    if guided:                                          # two models in one batch: with the class, and without
+    if guided:                                          # ask twice in one batch: with the class, and without
         labels = torch.cat([labels, torch.full_like(labels, model.null)])
     cache, tokens = model.new_cache(len(labels)), []
     x = model.label(labels)[:, None]                             # slot 0 reads the class: (B or 2B, 1, C)
@@ -254,14 +263,14 @@ def generate(model, labels, rng, guidance=1.0, temperature=1.0, top_p=1.0, given
         if given is not None:
             token = torch.where(given[:, t:t + 1] >= 0, given[:, t:t + 1], token)
         tokens.append(token)
-        x = model.token(token.repeat(2, 1) if guided else token)  # slot t + 1 reads it, in both models
+        x = model.token(token.repeat(2, 1) if guided else token)  # slot t + 1 reads it: (B or 2B, 1, C)
     return torch.cat(tokens, dim=1)
 
 
 def draw(config, model, labels, decode, given=None):
     """`generate` with settings and seed of the config, 250 at a time -> uint8 images (N, 32, 32) on the CPU.
 
-    decode: a function from tokens (B, L) to images; that of any tokenizer will do.
+    decode: from tokens (N, L) to images; the function above with its codebook, or that of another tokenizer.
     """
     device, images = model.slot.device, []
     rng = rng_at(config.seed, SAMPLING, device=device)
@@ -274,89 +283,13 @@ def draw(config, model, labels, decode, given=None):
 
 
 # ----- training ---------------------------------------------------------------------------------------------
-# --- shared: muon
-def orthogonalize(G, dtype=torch.float32):
-    """G (m, n) -> nearly U V^T of its singular value decomposition U S V^T: all directions of size 1.
-
-    Newton-Schulz: an odd polynomial a x + b x^3 + c x^5 of a matrix acts on its singular values alone, and
-    takes nothing but products. Five rounds of this one (Jordan et al. 2024) bring all values above about
-    0.0015 of the norm into 0.68 .. 1.20. Its coefficients are chosen to lift small values fast, not to end at
-    1 exactly: that suffices.
-    """
-    tall = G.shape[0] > G.shape[1]
-    X = G.mT if tall else G                                      # so that X X^T is taken on the short side
-    X = (X / (X.norm() + 1e-7)).to(dtype)                        # now no singular value exceeds 1
-    for _ in range(5):
-        A = X @ X.mT
-        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X      # a X + b (X X^T) X + c (X X^T)^2 X
-    return (X.mT if tall else X).to(G.dtype)
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
-
-    Few directions dominate the gradient of a matrix. This moves all of them at one speed, the rare ones too.
-    For the matrices inside the blocks only: the rows of an embedding or of the head are separate vectors,
-    which AdamW suits. dtype is that of the products (torch.optim.Muon always takes bf16: 20 times slower on a
-    CPU that emulates it).
-    """
-
-    def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
-                ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: where v will go next
-                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5            # outputs move by about lr
-                p.sub_(orthogonalize(ahead, self.dtype), alpha=group["lr"] * scale)
-# --- end shared
-
-
-# --- shared: chance
-BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: each use has its own stream
-
-
-def rng_at(*numbers, device="cpu"):
-    """Random numbers that follow from (seed, use, step) alone: to resume, no random state has to be saved."""
-    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # (1, 2) and (2, 1) are worlds apart
-    return torch.Generator(device).manual_seed(int(mixed[0] >> 1))
-
-
-def batch_at(step, N, batch, seed):
-    """Which of N images step number `step` takes -> (batch,) indices. No image comes twice in an epoch.
-
-    An epoch is N // batch steps through one permutation; the few left over are others in the next.
-    """
-    epoch, i = divmod(step, max(1, N // batch))
-    return torch.randperm(N, generator=rng_at(seed, BATCHES, epoch))[i * batch:(i + 1) * batch]
-# --- end shared
-
-
-def loss_of(model, tokens, labels):
-    """-log p(tokens | label) in nats per token, averaged over tokens (B, L)."""
-    logits = model(tokens, labels).float()                       # softmax always in 32 bits
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
-def make_optimizers(model, config, dtype):
-    """Muon for matrices inside the blocks; AdamW, at half its rate, for embeddings, slot vectors, head."""
-    outside = [model.token.weight, model.label.weight, model.slot, model.head.weight]
-    # the squares are averaged over 1 / (1 - 0.95) = 20 steps: the usual 1,000 are longer than the whole run
-    return [Muon(model.blocks.parameters(), config.lr, dtype=dtype),
-            torch.optim.AdamW(outside, config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-
-
 def train(config, model, data, dtype=torch.float32, path=None, state=None, **extra):
     """Fit the model to data.train_tokens -> history, a list of {step, train, test} in nats per image.
 
-    data: see `load_data`. dtype: of the matrix products. path: where the state is kept, with `extra`; None
-    keeps nothing. state: what an earlier call left there; training goes on behind it. Test images are looked
-    at five times and choose nothing: the learning rate ends at 0, and the last step is the model.
+    train: mean since the last report, a tenth of the classes hidden; test: of that moment, all classes shown.
+    data: as from `load_data`. dtype: of matrix products. path: where the state is kept, with `extra`; None:
+    nowhere. state: what an earlier call has kept; training goes on from there. Test images choose nothing:
+    the learning rate falls to 0, and the last step is the model.
     """
     device, optimizers = model.slot.device, make_optimizers(model, config, dtype)
     first, history, seconds = 0, [], 0.0
@@ -392,6 +325,79 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None, **ext
                             "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                             "seconds": time.time() - begun, **extra})
     return history
+
+
+def make_optimizers(model, config, dtype):
+    """Muon for matrices inside the blocks; AdamW, at half its rate, for embeddings, slot vectors and head."""
+    outside = [model.token.weight, model.label.weight, model.slot, model.head.weight]
+    # beta 0.95 averages squares over 1 / (1 - 0.95) = 20 steps; the usual 0.999 takes 1,000, longer than our
+    # run
+    return [Muon(model.blocks.parameters(), config.lr, dtype=dtype),
+            torch.optim.AdamW(outside, config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+
+# --- shared: muon
+def orthogonalize(G, dtype=torch.float32):
+    """G (m, n) -> nearly U V^T of its singular value decomposition U S V^T: all directions equally strong.
+
+    Newton-Schulz: X (X^T X)^k = U S^(2k+1) V^T, so an odd polynomial a x + b x^3 + c x^5 of a matrix acts on
+    its singular values alone, and takes nothing but products. Five rounds of this one (Jordan et al. 2024)
+    bring all values above about 0.0015 of the norm into 0.68 .. 1.20: it lifts small values fast instead of
+    ending at 1 exactly, which an optimizer does not need.
+    """
+    tall = G.shape[0] > G.shape[1]
+    X = G.mT if tall else G                                      # X X^T on the short side: fewer products
+    X = (X / (X.norm() + 1e-7)).to(dtype)                        # no singular value exceeds 1; G may be 0
+    for _ in range(5):
+        A = X @ X.mT
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X      # a X + b (X X^T) X + c (X X^T)^2 X
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
+
+    Few directions dominate the gradient of a matrix; this moves all of them at one speed, the rare ones too.
+    For the matrices inside the blocks only: the rows of an embedding or of the head belong to one token each
+    and have no common directions; AdamW scales each number by itself. dtype is that of the products
+    (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times slower).
+    """
+
+    def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
+                ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: g counts twice
+                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5            # outputs move by about lr
+                p.sub_(orthogonalize(ahead, self.dtype), alpha=group["lr"] * scale)
+# --- end shared
+
+
+# --- shared: chance
+BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: each use has its own stream
+
+
+def rng_at(*numbers, device="cpu"):
+    """Random numbers that follow from (seed, use, step) alone: to resume, no random state has to be saved."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # a sum would mix up 1, 2 and 2, 1
+    return torch.Generator(device).manual_seed(int(mixed[0] >> 1))        # 63 bits are allowed
+
+
+def batch_at(step, N, batch, seed):
+    """Which of N images step number `step` takes -> (batch,) indices, or N where that is less.
+
+    An epoch is N // batch steps through one permutation: no image comes twice, and the rest, fewer than a
+    batch, sits out until the next permutation.
+    """
+    epoch, i = divmod(step, max(1, N // batch))
+    return torch.randperm(N, generator=rng_at(seed, BATCHES, epoch))[i * batch:(i + 1) * batch]
+# --- end shared
 
 
 # ----- data -------------------------------------------------------------------------------------------------
@@ -445,15 +451,14 @@ def glyphs(n, seed):
 
     angle, shear, contrast = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.8, 1.0)
     scale, stretch = uniform(0.72, 1.0), uniform(0.85, 1.15)
-    # rows of the affine map from output pixel (x, y, 1) to the place in the master, in units of half a
-    # picture
+    # rows of the map from output pixel (x, y, 1) to the place in the master, so that scale < 1 enlarges
     to_x = torch.stack([stretch * scale * angle.cos(), scale * (shear - angle.sin()), uniform(-0.1, 0.1)], 1)
     to_y = torch.stack([stretch * scale * angle.sin(), scale * angle.cos(), uniform(-0.1, 0.1)], 1)
     images = torch.empty(n, 32, 32, dtype=torch.uint8)
     for i in torch.arange(n).split(1000):
         grid = F.affine_grid(torch.stack([to_x[i], to_y[i]], 1), (len(i), 1, 64, 64), align_corners=False)
         fine = F.grid_sample(masters[labels[i], kind[i]][:, None].float(), grid, align_corners=False)
-        small = F.avg_pool2d(fine, 2)[:, 0]                      # 64 x 64 samples averaged: smooth edges
+        small = F.avg_pool2d(fine, 2)[:, 0]                      # (1000, 32, 32): smooth edges
         images[i] = (small * contrast[i, None, None]).round().byte()
     return images, labels
 
@@ -523,7 +528,7 @@ def load_images(data, seed):
 # ----- evaluation -------------------------------------------------------------------------------------------
 @torch.no_grad()
 def nats_per_image(model, tokens, labels):
-    """-log p(tokens | label) in nats, averaged over the images: tokens (N, L), labels (N,)."""
+    """-log p(tokens | label) in nats, a mean over tokens (N, L), labels (N,); in 32 bits."""
     total = 0.0
     for part, label in zip(tokens.split(250), labels.split(250)):
         total += loss_of(model, part.to(model.slot.device), label.to(model.slot.device)).item() * part.numel()
@@ -533,9 +538,8 @@ def nats_per_image(model, tokens, labels):
 def unigram_nats(data):
     """The baseline: each cell draws its token from how often training images *of that class* have it there.
 
-    It is told the class, as the GPT is: what the GPT gains over it is what the other tokens of an image tell
-    about one. A twentieth is added to each count: no token may have probability 0, and much more would blur
-    the counts.
+    It is told the class, as the GPT is: what the GPT gains over it is what the tokens of an image tell about
+    each other. Counts start at a twentieth: no token may have probability 0, and much more would blur them.
     """
     L = data.train_tokens.shape[1]
     counts = torch.full((data.classes, L, data.codebook_size), 0.05)
@@ -556,7 +560,7 @@ def make_judge(classes):
 
 
 def train_judge(images, labels, classes, device, seed, epochs=4):
-    """Fit it to uint8 images (N, 32, 32), moved at random by up to 2 pixels: place should not matter."""
+    """Fit it to uint8 images (N, 32, 32), each batch moved by up to 2 pixels: place should not matter."""
     torch.manual_seed(seed)                                      # for the weights
     rng, judge = torch.Generator().manual_seed(seed), make_judge(classes).to(device)
     steps, optimizer = max(epochs * len(images) // 128, 50), torch.optim.AdamW(judge.parameters())
@@ -581,10 +585,10 @@ def look(judge, images):
 
 
 def frechet_distance(a, b):
-    """Of two sets of features (N, D), (M, D), taken as Gaussians (Heusel et al. 2017, eq. 6).
+    """Of two sets of features (N, 64), (M, 64), taken as Gaussians (Heusel et al. 2017, eq. 6).
 
     |mean_a - mean_b|^2 + tr(A + B - 2 (AB)^1/2) with the covariances A, B. Small sets look further apart than
-    they are, by about 1/N: compare only values of the same N and the same reference.
+    they are, by an amount that falls as 1/N: compare only values of the same N and the same reference.
     """
     A, B = torch.cov(a.mT), torch.cov(b.mT)
     # tr (AB)^1/2: the sum of the roots of AB's eigenvalues, real and >= 0 for covariances, up to rounding
@@ -599,9 +603,11 @@ def spread(features, classes):
 
 
 def image_metrics(judge, images, labels, real):
-    """Images and the classes asked for, against real images -> gfd, class_accuracy, diversity (1: as real).
+    """Images and the classes asked for, against real images -> three figures.
 
-    Diversity groups by the class *seen*: a mistaken 7 among the 1s would otherwise count as a varied 1.
+    gfd: Fréchet distance, "g" for generated. class_accuracy: share in which the judge sees the class asked
+    for. diversity: distance of two images of a class, relative to real ones (1), grouped by the class *seen*:
+    grouped by the class asked for, a mistaken 7 among the 1s would count as variety.
     """
     features, seen = look(judge, images)
     real_features, real_seen = look(judge, real)
@@ -625,7 +631,8 @@ def evaluate(config, model, data, samples, labels):
     """Judge samples uint8 (N, 32, 32), drawn for labels (N,) -> the metrics, plain numbers.
 
     Three distances come from one function with one N, so they can be compared: gfd of the samples; gfd_floor
-    of training images, as good as it gets; rfd of training images through the tokenizer alone.
+    of real images, those of training; rfd ("r" for reconstructed) of these through the tokenizer alone. The
+    judge was trained on these, so a true floor may be a little lower.
     """
     N, device = len(samples), model.slot.device
     judge = train_judge(data.train_images, data.train_labels, data.classes, device, config.seed)
@@ -688,7 +695,7 @@ def complete(config, model, data, out):
 
 # ----- settings and main ------------------------------------------------------------------------------------
 NAME, PARTS = "nano_ar", ("train", "sample", "eval", "complete")
-FLAGS = {  # name: default, what is allowed (a list, or the least value), help
+FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "data": ("glyphs", None, "glyphs, mnist, fashion-mnist, an IDX file, or an .npz with images and labels"),
     "out": ("out/ar", None, "folder for checkpoint, pictures, samples.npz and metrics.json"),
     "preset": ("cpu", ("cpu", "gpu"), "other defaults; gpu: for an 8 GB card and half an hour"),
@@ -725,8 +732,9 @@ def fail(message):
 def read_settings(argv=None):
     """The command line -> part, config, checkpoint (empty unless resumed or sampled from).
 
-    A flag that was given wins over the checkpoint, that over the preset, that over the default. But a flag
-    that contradicts what the weights were trained with is an error: to ignore it silently would be to lie.
+    Each setting comes from the first that has it: the flags given now, the checkpoint, the preset, the
+    defaults. Only those in FREE and LOCAL may be given otherwise than the checkpoint has them: the others
+    have shaped its weights, and to ignore a flag silently would be to lie.
     """
     parser = argparse.ArgumentParser(prog=NAME, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -788,13 +796,13 @@ def load(path):
 
 
 def run_as_program(main):
-    """Call main(). What a user can cause ends in one line."""
+    """Call main(). Being stopped, or a file that cannot be used, ends in one line."""
     try:
         main()
     except KeyboardInterrupt:
-        fail("stopped; the same command with --resume goes on from the last report")
+        fail("stopped; the same command with --resume goes on from the last report, if there was one")
     except OSError as error:
-        fail(f"cannot write {error.filename or ''} ({error.strerror}): make room, or choose another --out")
+        fail(f"cannot use {error.filename or 'a file'} ({error.strerror}): make room, or another --out")
 # --- end shared
 
 
@@ -813,20 +821,20 @@ def load_data(config, codebook=None):
 
 
 def main(argv=None):
-    """The command line -> the metrics, which are also written to OUT/metrics.json."""
+    """Do what the command line says -> the metrics; a full run and `eval` write them to OUT/metrics.json."""
     begun, (part, config, state) = time.time(), read_settings(argv)
-    if config.dim % 32:
-        fail(f"--dim {config.dim}: must be a multiple of 32, the size of a head")
+    if config.dim % 32 or config.top_p > 1:
+        fail(f"--dim {config.dim} must be a multiple of 32 (a head), --top-p {config.top_p} at most 1")
     device, dtype = pick_device(config.device, config.precision)
     out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)              # now: a typing error must not cost the whole run
+    out.mkdir(parents=True, exist_ok=True)              # now: a wrong --out must not cost the whole run
     data = load_data(config, state.get("codebook"))
     torch.manual_seed(config.seed)                      # for the weights
     heads = config.dim // 32
     model = GPT(data.codebook_size, data.classes, SIDE, SIDE, config.dim, config.depth, heads).to(device)
     params = sum(p.numel() for p in model.parameters())
     print(f"{NAME}: {len(data.train_images):,} training images, {params:,} weights, on {device}, products in "
-          f"{str(dtype)[6:]}, attention by {kernels.path(model.slot).name}")
+          f"{str(dtype)[6:]}; kernels: {kernels.path(model.slot).name} ({kernels.path(model.slot).reason})")
     metrics = {"device": str(device), "seed": config.seed, "params": params}
     if part in ("all", "train"):
         train(config, model, data, dtype, out / "last.pt", state, codebook=data.codebook)

@@ -442,7 +442,7 @@ def test_usual_mistakes_cost_one_line_and_nothing_else(trained, tmp_path, capsys
     (tmp_path / "last.pt").write_bytes(before[trained[0] / "last.pt"][:1000])
     for said, argv in {"--ordr": ["--ordr=diag"], "--lr nan": ["--lr", "nan"], "multiple of 32": ["--dim", "48"],
                        "missing.npz": ["--data", "missing.npz"], "cut-images": ["--data", str(cut)],
-                       "cannot write": ["--out", str(cut / "x")], "--dim 64": ["--resume", "--dim", "64"],
+                       "cannot use": ["--out", str(cut / "x")], "--dim 64": ["--resume", "--dim", "64"],
                        "train first": ["eval", "--out", str(tmp_path / "new")],
                        "is broken": ["sample", "--out", str(tmp_path)]}.items():
         assert said in stopped(["--out", str(trained[0]), *argv], capsys), argv
