@@ -21,7 +21,8 @@ def test_shared_blocks_are_identical():
     seen = {}
     for script in SCRIPTS:
         text = script.read_text(encoding="utf-8")
-        assert text.count("# --- shared:") == text.count("# --- end shared") == len(BLOCK.findall(text)), script.name
+        marks = [len(re.findall(f"^# --- {mark}", text, re.M)) for mark in ("shared: ", "end shared")]
+        assert marks == [len(BLOCK.findall(text))] * 2, script.name
         for name, body in BLOCK.findall(text):
             first, where = seen.setdefault((in_long_form(text), name), (body, script.name))
             assert body == first, f"block {name!r} of {script.name} differs from the one in {where}"
