@@ -187,10 +187,12 @@ def test_attention_on_a_cpu_in_bfloat16(mask):
     assert ours.dtype == torch.bfloat16 and all(relative(a, b) < 2e-2 for a, b in (pairs[0], pairs[3]))
 
 
-def test_autocast_on_a_cpu_keeps_attention_in_float32():
+def test_autocast_gives_attention_its_dtype_and_a_cache_keeps_its_own():
     q, k = torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert kernels.attention(q, k, k, kernels.causal(8)).dtype == torch.float32
+        y = kernels.attention(q, k, k, kernels.causal(8))
+        exact = kernels.attention_reference(*(x.double() for x in (q.bfloat16(), k, k)), kernels.causal(8))[0]
+        assert y.dtype == torch.bfloat16 and relative(y, exact) < 2e-2
         step = kernels.decode_attention(k[:, :, :1], q, q, 5)
     truth = kernels.attention_reference(k[:, :, :1].double(), q[:, :, :5].double(), q[:, :, :5].double())[0]
     assert step.dtype == torch.float32 and relative(step, truth) < 1e-6
