@@ -8,9 +8,9 @@ An image becomes a grid of tokens, the grid a sequence; a small GPT learns p(tok
     |    |   | ------> | 0 3 9 ... | ----->            |     |    |        |     draw t1, ... 64 calls,
     |   _|_  | nearest | ...       | order             v     v    v        v     then paste 64 patches
     +--------+ codeword+-----------+         predicts  t0    t1   t2 ...  t63
-                                             (each slot sees all slots before it)
+                                             (each slot sees itself and all before it)
 
-The chain rule makes this a law over all grids of tokens, with nothing left out and nothing approximated:
+By the chain rule this is a probability distribution over all grids of tokens, with nothing approximated:
 
     p(tokens | class) = p(t0 | class) p(t1 | class, t0) ... p(t63 | class, t0 .. t62)
 
@@ -21,21 +21,21 @@ of the file:
     tokens      k-means on 4 x 4 patches: the simplest codebook that works (learned ones: nano_tok.py)
     model       a GPT with the class in its first slot and positions in two dimensions; the loss
     sampling    cache of keys and values; classifier-free guidance; the rest of a half-given image
-    training    cross-entropy with a tenth of the classes hidden; Muon for matrices, AdamW for the rest
+    training    cross-entropy, the class hidden in a tenth of the images; Muon and AdamW
     the rest    data, judging what was drawn, pictures, settings
 
 The recipe is LlamaGen's (Sun et al. 2024, arXiv:2406.06525), small enough for two CPU cores and two minutes.
-As there: a class token, raster order, rotary positions per axis (Su et al. 2021, arXiv:2104.09864), hidden
-classes and guidance (Ho & Salimans 2022, arXiv:2207.12598). Ours, and explained where they stand: k-means
-tokens, a vector per slot, normalised queries and keys, relu^2, and Muon (Jordan et al. 2024,
+As there: a class token, raster order, rotary positions per axis (Su et al. 2021, arXiv:2104.09864), the class
+hidden at times, and guidance (Ho & Salimans 2022, arXiv:2207.12598). Ours, and explained where they stand:
+k-means tokens, a vector per slot, normalised queries and keys, relu^2, and Muon (Jordan et al. 2024,
 kellerjordan.github.io/posts/muon).
 
-Letters in comments: B images in a batch, L = 64 tokens of an image, V codewords, C width of the model,
+Letters in comments: B images in a batch, L = 64 tokens of an image, V codewords, C the model's width (`dim`),
 H heads, D = C / H numbers per head, N any number of images or slots. Blocks between `# --- shared: NAME` and
 `# --- end shared` stand word for word in other scripts too: read them once.
 
     python nano_ar.py                       train, draw 2,000 images, judge them, paint: all goes to out/ar
-    python nano_ar.py --data mnist          the same with handwritten digits (downloads 11 MB once)
+    python nano_ar.py --data mnist --out out/mnist    the same with handwritten digits (downloads 11 MB once)
     python nano_ar.py sample --guidance 3   draw from the trained model
     python nano_ar.py complete              four lower halves for each of ten upper halves
     python nano_ar.py train --resume        go on after Ctrl-C or a power cut; bit for bit on a CPU
@@ -60,7 +60,7 @@ SIDE, PATCH = 8, 4  # an image is SIDE x SIDE patches of PATCH x PATCH pixels
 def to_patches(images):
     """Cut images (N, 32, 32) into patches (N, 64, 16): patches, and the pixels in them, in reading order."""
     cut = images.view(-1, SIDE, PATCH, SIDE, PATCH)     # (N, patch row, row in it, patch column, column)
-    return cut.transpose(2, 3).reshape(-1, SIDE * SIDE, PATCH * PATCH)
+    return cut.transpose(2, 3).reshape(-1, SIDE * SIDE, PATCH * PATCH)  # from (N, 8, 8, 4, 4)
 
 
 def from_patches(patches):
@@ -72,10 +72,10 @@ def from_patches(patches):
 def kmeans(points, k, rng, rounds=20):
     """Lloyd's algorithm: points (N, d) -> codebook (k, d) whose mean squared distance to them is small.
 
-    Two steps that can only lower it: every point picks its nearest codeword, every codeword moves to the mean
-    of its points. After 20 rounds they hardly move. The start is k *distinct* points: most patches of a digit
-    are the same black one, and equal codewords would stay equal for ever. Of fewer distinct points all are
-    taken.
+    Two steps that can only lower this error: every point picks its nearest codeword, every codeword moves to
+    the mean of its points. After 20 rounds they hardly move. The start is k *distinct* points: most patches
+    of a digit are the same black one, and of equal codewords only one would ever get points. Fewer distinct
+    points than k give a smaller codebook.
     """
     distinct = points.unique(dim=0)
     codebook = distinct[torch.randperm(len(distinct), generator=rng)[:k]]
@@ -90,7 +90,7 @@ def kmeans(points, k, rng, rounds=20):
 def fit_codebook(images, k, rng):
     """uint8 images (N, 32, 32) -> codebook float (k, 16): the k typical patches, in grey levels 0..255."""
     patches = to_patches(images).flatten(0, 1)                   # (N * 64, 16)
-    some = torch.randperm(len(patches), generator=rng)[:100_000]  # for 512 means 200 points each are enough
+    some = torch.randperm(len(patches), generator=rng)[:100_000]  # about 200 for each of 512 means are enough
     return kmeans(patches[some].float(), k, rng)
 
 
@@ -108,13 +108,13 @@ def decode(tokens, codebook):
 def rope_table(places, head_dim, base=100.0):
     """2-D rotary positions: places (N, 2) of (row, column) -> cosines and sines, (N, D/2) each.
 
-    Take numbers j and j + D/2 of a query as a point in the plane and turn it by an angle proportional to the
-    row (first half of the points) or the column (second half); do the same to the keys. The product of two
-    points turned by angles a and b depends on a - b only. So a score q.k depends on what the two slots hold
-    and on how many rows and columns apart they are, and not on where they are.
+    Take numbers j and j + D/2 of a query as a point in the plane, D/2 points in all. Turn points 0 .. D/4 - 1
+    by an angle proportional to the row and the others by one proportional to the column; do the same to the
+    keys. The dot product of two points turned by angles a and b depends on a - b only. So as far as rotation
+    goes, a score q.k knows how many rows and columns apart two cells are, and not where they are.
 
-    Each axis has D/4 speeds, from 1 radian a cell (tells neighbours apart) down to about 1/base (the same all
-    over the image). Text uses base 10,000 for thousands of places; 100 suits grids of some tens of cells.
+    Each axis has D/4 speeds, from 1 radian a cell (tells neighbours apart) down to .018 (the same all over
+    the image). Text uses base 10,000 for thousands of places; 100 suits axes of some tens of cells.
     """
     quarter = head_dim // 4                                      # points for each of the two axes
     speed = base ** -(torch.arange(quarter) / quarter)           # (D/4,); D = 32: 1, .56, .32, ... .018
@@ -130,7 +130,10 @@ def rotate(x, cos, sin):
 
 
 def norm(x):
-    """Mean 0, variance 1 over the last axis. A learned gain is usual; the matrix that follows can hold it."""
+    """Mean 0, variance 1 over the last axis, without the usual learned gain: the next matrix can hold that.
+
+    (Not so for q and k, which no matrix follows; there the fixed size is what is wanted, see `Block`.)
+    """
     return F.layer_norm(x, x.shape[-1:])
 
 
@@ -138,8 +141,8 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): corrections to a stream x that runs through.
 
     `proj` and `down`, the last matrices of the two, start at 0, and so does the head: at first a block
-    changes nothing, and depth cannot disturb the first steps. Step 1 moves the head alone, step 2 also proj
-    and down, and from step 3 on gradients reach everything.
+    changes nothing, and depth cannot disturb the first steps (so no warm-up). Step 1 moves the head alone;
+    then gradients reach the stream, and step 2 moves proj, down and the embeddings; step 3 moves everything.
     """
 
     def __init__(self, dim, heads):
@@ -160,18 +163,18 @@ class Block(nn.Module):
         looks ahead.
         """
         B, N, C = x.shape
-        qkv = self.qkv(norm(x)).view(B, N, 3, self.heads, C // self.heads)
+        qkv = self.qkv(norm(x)).view(B, N, 3, self.heads, C // self.heads)  # (B, N, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)            # heads before slots, for attention: (B, H, N, D) each
         # norm gives q and k the length sqrt(D), so scores q.k / sqrt(D) stay within +- sqrt(D), 5.7 at D =
-        # 32. Without it they grow as training goes on: large steps diverge, and 16 bits are too coarse for
-        # them. .to: norm and rotate compute in 32 bits, attention in those of the products
+        # 32. Without it they grow as training goes on: large steps diverge, and 16-bit scores get too coarse.
+        # (.to: under autocast norm computes in 32 bits, and matrix products want the 16 of v.)
         q, k = rotate(norm(q), cos, sin).to(v.dtype), rotate(norm(k), cos, sin).to(v.dtype)
         if cache is None:
             y = kernels.attention(q, k, v, mask)                 # (B, H, N, D)
         else:
             cache[0, :, :, start:start + N] = k
             cache[1, :, :, start:start + N] = v
-            # no mask is needed: the filled part of the cache is just what a new slot may see, itself included
+            # causal or not is the same for one new slot: what the cache holds is all that it may see
             y = kernels.decode_attention(q, cache[0], cache[1], start + N, causal=False)
         x = x + self.proj(y.transpose(1, 2).reshape(B, N, C))    # heads side by side again
         return x + self.down(F.relu(self.up(norm(x))).square())  # relu^2: cheaper than gelu
@@ -186,7 +189,8 @@ class GPT(nn.Module):
         self.null = classes                             # one more class, "none", for p(tokens): see `guide`
         self.token = nn.Embedding(codebook_size, dim)
         self.label = nn.Embedding(classes + 1, dim)
-        # Rotary positions enter scores only. This vector puts into the stream which cell a slot must predict.
+        # Slot t reads token t - 1 and must predict token t. Rotation is told the cell that it reads; this
+        # vector, added to the stream, tells which cell it must predict. Absolute places come in here.
         self.slot = nn.Parameter(torch.randn(self.length, dim) * 0.02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.head = nn.Linear(dim, codebook_size, bias=False)
@@ -203,7 +207,7 @@ class GPT(nn.Module):
 
         Every slot reads the true tokens, not those that the model would have drawn (teacher forcing): so one
         call learns 64 predictions. The mask is the trap. Without it slot t could look at slot t + 1, which
-        reads the token that slot t must predict: the loss goes to 0, and what is drawn is noise.
+        reads the token that slot t must predict: the loss goes towards 0, and what is drawn is noise.
         """
         x = torch.cat([self.label(labels)[:, None], self.token(tokens[:, :-1])], dim=1)  # shifted by one slot
         x = x + self.slot                               # (B, L, C)
@@ -212,7 +216,7 @@ class GPT(nn.Module):
         return self.head(norm(x))
 
     def new_cache(self, B):
-        """Room for all keys and values: (depth, 2, B, H, L, D); by default 256 KB a row."""
+        """Room for all keys and values: (depth, 2, B, H, L, D); 256 KB a row by default."""
         heads = self.blocks[0].heads
         return self.slot.new_zeros(len(self.blocks), 2, B, heads, self.length, self.slot.shape[1] // heads)
 
@@ -234,9 +238,12 @@ def loss_of(model, tokens, labels):
 def guide(conditional, unconditional, scale):
     """Classifier-free guidance on logits (Ho & Salimans 2022, eq. 6; their w is scale - 1). 1: plain model.
 
-    In probabilities p of a token, up to a constant: p(with the class) (p(with) / p(without))^(scale - 1). A
-    token twice as likely with the class as without gains a factor 2 at scale 2 and 4 at scale 3: images show
-    their class more clearly, and vary less.
+    In probabilities of token t, up to a constant:
+
+        p(t | class) * (p(t | class) / p(t)) ** (scale - 1)
+
+    A token twice as likely with the class as without gains a factor 2 at scale 2 and 4 at scale 3: images
+    show their class more clearly, and vary less.
     """
     return unconditional + scale * (conditional - unconditional)
 
@@ -248,7 +255,7 @@ def generate(model, labels, rng, guidance=1.0, temperature=1.0, top_p=1.0, given
     Each of the L calls reads one new slot and takes the older ones from the cache. Without a cache call t + 1
     would compute t + 1 slots: 1 + 2 + ... + 64 = 2,080 instead of 64. A kept token tells what comes *after*
     it in raster order and nothing that comes before: a lower half can be drawn for an upper one, not the
-    reverse.
+    reverse. temperature divides the logits; top_p < 1 draws among the likeliest tokens of that mass only.
     """
     B, guided = len(labels), guidance != 1
     if guided:                                          # ask twice in one batch: with the class, and without
@@ -270,7 +277,7 @@ def generate(model, labels, rng, guidance=1.0, temperature=1.0, top_p=1.0, given
 def draw(config, model, labels, decode, given=None):
     """`generate` with settings and seed of the config, 250 at a time -> uint8 images (N, 32, 32) on the CPU.
 
-    decode: from tokens (N, L) to images; the function above with its codebook, or that of another tokenizer.
+    decode: from tokens (N, L) to images, such as data.decode of `load_data`, or that of another tokenizer.
     """
     device, images = model.slot.device, []
     rng = rng_at(config.seed, SAMPLING, device=device)
@@ -286,10 +293,10 @@ def draw(config, model, labels, decode, given=None):
 def train(config, model, data, dtype=torch.float32, path=None, state=None, **extra):
     """Fit the model to data.train_tokens -> history, a list of {step, train, test} in nats per image.
 
-    train: mean since the last report, a tenth of the classes hidden; test: of that moment, all classes shown.
-    data: as from `load_data`. dtype: of matrix products. path: where the state is kept, with `extra`; None:
-    nowhere. state: what an earlier call has kept; training goes on from there. Test images choose nothing:
-    the learning rate falls to 0, and the last step is the model.
+    train: mean since the last report, the class hidden in a tenth of the images; test: at that step, none
+    hidden. data: as from `load_data`. dtype: of matrix products. path: where the state is kept, with `extra`;
+    None: nowhere. state: what an earlier call has kept; training goes on from there. Test images choose
+    nothing: the learning rate falls to 0, and the last step is the model.
     """
     device, optimizers = model.slot.device, make_optimizers(model, config, dtype)
     first, history, seconds = 0, [], 0.0
@@ -302,7 +309,7 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None, **ext
     bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
     for step in bar:
         chosen = batch_at(step, len(data.train_tokens), config.batch, config.seed)
-        # a tenth of the classes is hidden: one network learns p(tokens | class) and p(tokens), for `guide`
+        # in a tenth of the images the class is hidden: one network learns p(tokens | class) and p(tokens)
         hidden = torch.rand(len(chosen), generator=rng_at(config.seed, HIDING, step)) < 0.1
         labels = data.train_labels[chosen].masked_fill(hidden, model.null)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -330,8 +337,7 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None, **ext
 def make_optimizers(model, config, dtype):
     """Muon for matrices inside the blocks; AdamW, at half its rate, for embeddings, slot vectors and head."""
     outside = [model.token.weight, model.label.weight, model.slot, model.head.weight]
-    # beta 0.95 averages squares over 1 / (1 - 0.95) = 20 steps; the usual 0.999 takes 1,000, longer than our
-    # run
+    # beta 0.95 averages squares over 1 / (1 - 0.95) = 20 steps; the usual 0.999 takes 1,000
     return [Muon(model.blocks.parameters(), config.lr, dtype=dtype),
             torch.optim.AdamW(outside, config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
@@ -340,13 +346,13 @@ def make_optimizers(model, config, dtype):
 def orthogonalize(G, dtype=torch.float32):
     """G (m, n) -> nearly U V^T of its singular value decomposition U S V^T: all directions equally strong.
 
-    Newton-Schulz: X (X^T X)^k = U S^(2k+1) V^T, so an odd polynomial a x + b x^3 + c x^5 of a matrix acts on
-    its singular values alone, and takes nothing but products. Five rounds of this one (Jordan et al. 2024)
-    bring all values above about 0.0015 of the norm into 0.68 .. 1.20: it lifts small values fast instead of
-    ending at 1 exactly, which an optimizer does not need.
+    Newton-Schulz: (X X^T)^k X = U S^(2k+1) V^T, so an odd polynomial a x + b x^3 + c x^5 of a matrix acts on
+    its singular values alone, and takes nothing but matrix products. Five rounds of this one, whose
+    coefficients were found by search (Jordan et al. 2024), bring all values above about 0.0015 of the norm
+    |G| (root of the sum of squares) into 0.68 .. 1.20: small ones rise fast, and exactly 1 is not needed.
     """
     tall = G.shape[0] > G.shape[1]
-    X = G.mT if tall else G                                      # X X^T on the short side: fewer products
+    X = G.mT if tall else G                                      # X X^T on the short side: smaller products
     X = (X / (X.norm() + 1e-7)).to(dtype)                        # no singular value exceeds 1; G may be 0
     for _ in range(5):
         A = X @ X.mT
@@ -358,9 +364,10 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
 
     Few directions dominate the gradient of a matrix; this moves all of them at one speed, the rare ones too.
-    For the matrices inside the blocks only: the rows of an embedding or of the head belong to one token each
-    and have no common directions; AdamW scales each number by itself. dtype is that of the products
-    (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times slower).
+    Only for matrices inside the blocks. A row of an embedding or of the head belongs to one token, and most
+    rows have no gradient in a step: to equalise directions across them would move rows that saw nothing.
+    dtype is that of the products (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times
+    slower).
     """
 
     def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
@@ -373,8 +380,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
-                ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: g counts twice
-                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5            # outputs move by about lr
+                ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: 0.05 g + 0.95 v
+                # U V^T keeps the length of an input; spread over more outputs than inputs, each number would
+                # move less, so tall matrices get a longer step
+                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
                 p.sub_(orthogonalize(ahead, self.dtype), alpha=group["lr"] * scale)
 # --- end shared
 
@@ -384,9 +393,9 @@ BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: e
 
 
 def rng_at(*numbers, device="cpu"):
-    """Random numbers that follow from (seed, use, step) alone: to resume, no random state has to be saved."""
+    """Random numbers that follow from (seed, use, step) alone: to resume, no random state must be saved."""
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # a sum would mix up 1, 2 and 2, 1
-    return torch.Generator(device).manual_seed(int(mixed[0] >> 1))        # 63 bits are allowed
+    return torch.Generator(device).manual_seed(int(mixed[0] >> 1))  # 63 bits: positive
 
 
 def batch_at(step, N, batch, seed):
@@ -706,7 +715,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "codebook": (512, 2, "number of codewords"),
     "dim": (128, 32, "width of the model, a multiple of 32: a head has 32 numbers"),
     "depth": (4, 1, "number of blocks"),
-    "steps": (500, 1, "optimizer steps"),
+    "steps": (500, 1, "optimizer steps; the learning rate falls to 0 over them, so none can be added"),
     "batch": (64, 1, "images per step"),
     "lr": (0.04, 0, "learning rate of Muon; AdamW takes half of it"),
     "samples": (2000, 10, "images to draw"),
