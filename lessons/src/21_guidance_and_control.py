@@ -113,9 +113,9 @@ for axis, (s, p) in zip(axes.flat, ((1, 1), (1.25, 1), (3, 1), (2, 0.9))[:steps(
 plt.show()
 
 # %% [markdown]
-# From 1 to 1.25 gFD and accuracy both get better: 10.35 to 6.31, .836 to .899. The model was trained for half a minute, and its law is too wide:
-# sharpening brings it nearer to the data. From 1.5 on accuracy still rises, and so does gFD: clear digits, but no longer the crowd of real ones. So far
-# the papers. **At 3 accuracy falls, and at 5 it is .616. And diversity rises to 1.46.**
+# From 1 to 1.25 gFD and accuracy both get better: 10.35 to 6.31, .836 to .899. After 300 steps the law is too wide: sharpening brings it nearer to the
+# data. From 1.5 on accuracy still rises, and so does gFD: clear digits, but no longer the crowd of real ones. So far the papers. **At 3 accuracy falls,
+# and at 5 it is .616. And diversity rises to 1.46.**
 #
 # Look at the panel with guidance 3: white blocks and scraps. Guidance stretches $\ell_c-\ell_\varnothing$. For a token that neither would ever draw,
 # training has hardly touched this difference; at scale 5 it counts five times. One absurd token is drawn, the next call reads it, and the drawing is
@@ -405,10 +405,10 @@ show(strips, 3)  # a 3's upper half, which stays as it is, and what the model dr
 # Asked for by name, the 3 is nearly gone in all of them. **But half of the completions are still 3s.** The last line says why: the old model, told to
 # go on *as an 8* from the upper half of a 3, draws a 3 in .54 of the cases. A goal that is taken from a model inherits what that model can do.
 #
-# And the price? Averaged over the far tokens alone, gFD of the other eight digits goes from 10.92 to 70.41, and to 41.71 where they are held. We nearly
+# The price? Averaged over the far tokens alone, gFD of the other eight digits goes from 10.92 to 70.41, and to 41.71 where they are held. We nearly
 # wrote "erasing fails" here. One denominator makes the difference: averaged over *all* tokens, with zeros for those that are near, gFD is 15.77. For
 # the nearer the model gets to its goal, the fewer far tokens are left, and an average over them never fades: the last few get all the force, and shake
-# a network that draws the other digits, too. Yet 3s that nobody asked for are as frequent as before, .13.
+# a network that other digits share. Yet 3s that nobody asked for are as frequent as before, .13.
 #
 # ## Put it into the script
 #
