@@ -8,8 +8,7 @@
 # 3. Muon replaces the singular values of each update by 1. How many singular value decompositions does it take a step?
 # 4. Requests come at random. Is it better to wait for a full batch, or to start at once?
 #
-# Every figure here is a **ratio**: two things measured in turn, on your machine, now. Milliseconds from somebody else's machine are no use to you, and
-# on your own they change with what else is running; what runs alternately suffers alike.
+# Every figure here is a **ratio** of two things measured in turn, on your machine, now: whatever else is running disturbs both alike.
 
 # %%
 import sys
@@ -39,7 +38,7 @@ data = SimpleNamespace(train_tokens=tokens[:-last], train_labels=labels[:-last],
 # ## The cache
 #
 # The keys and values of a slot depend on the slots before it, and never change. So `generate` keeps them: each of the 64 calls computes one slot. Without
-# a cache, the plain way is to call the training forward pass on all 64 slots and to use one row of it.
+# a cache, one calls the training forward pass on all 64 slots and uses one row of it.
 #
 # **Exercise 1.** `without_cache(model, labels, rng)`: labels (B,) -> tokens (B, 64), drawn from the plain model with `model(tokens, labels)` -> (B, 64, V) alone, and
 # `kernels.sample(logits, generator=rng)`. With the same `rng` it must give the very tokens of `nano_ar.generate(model, labels, rng)`.
@@ -65,28 +64,27 @@ check.check_without_cache(without_cache)
 torch.manual_seed(0)
 model = nano_ar.GPT(len(codebook), 10, 8, 8, dim=96, depth=2, heads=3)
 with put(mine, "without_cache", without_cache):
-    for B in (1, 16):
+    for B in (1, 16)[:steps(2, few=1)]:
         some = torch.arange(B) % 10
         s = side_by_side({"cache": lambda: nano_ar.generate(model, some, None), "none": lambda: mine.without_cache(model, some, None)}, 3)
         print(f"batch {B:2}: 64 x 64 slots instead of 64, and {s['none'] / s['cache']:.1f} times as long")
 
 # %% [markdown]
-# 64 times as many slots, and far less than 64 times the time when one image is drawn: a call for one slot is not limited by arithmetic. In each block it starts some thirty small operations, and each costs
-# microseconds before it multiplies anything; the call without a cache starts just as many, with 64 slots in each. In a batch of 16 the multiplications begin to count, and the
-# ratio moves towards what the slots say. So a cache pays most where much is drawn at once or the images are long.
+# 64 times as many slots, and far less than 64 times the time: a call for one slot of one image is not limited by arithmetic. In each block it starts some thirty small operations, and each costs
+# microseconds before it multiplies anything; the call without a cache starts just as many. In a batch of 16 the multiplications begin to count, and the ratio moves towards the slots'.
 #
-# It buys this with memory: keys and values of all layers, 2 x 2 x 64 x 96 numbers an image here. And it stands on one property of the model, that no slot looks ahead. Let slots see later
-# ones, as a model that fills gaps must, and every new token changes all keys: nothing can be kept.
+# The cache buys this with memory, 2 x 2 x 64 x 96 numbers an image here, and it stands on one property of the model: no slot looks ahead. If slots saw later ones, every new token would change all keys,
+# and nothing could be kept.
 #
-# Careful with claims about caches: a sampler without one could also call the model on the t slots that are there, and compute 64 * 65 / 2 = 2,080 slots instead of 4,096. The baseline is half of the claim.
+# Careful with claims about caches: one can do without and still call the model on no more than the t slots that are there, 64 * 65 / 2 = 2,080 instead of 4,096. The baseline is half of a claim.
 #
 # ## Numbers of 16 bits, and the machine below
 #
-# Three switches change no line of the model: `torch.compile` (which needs a C++ compiler), bf16 autocast, and where the C library puts large tensors. Compiling pays only in a long run, since the first call waits for the compiler;
-# one block is compiled here, and serves all layers of the same shape. The last two depend on the machine, so each
-# variant below runs in a process of its own, with its own environment. `ONEDNN_MAX_CPU_ISA=AVX2` forbids the instructions that most laptops lack.
-# `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` tell Linux's C library to keep freed memory: without them each large tensor is asked of the system anew and filled
-# with zeros, page by page. They must stand in front of the command; inside the program it is too late.
+# Three switches leave the model alone: `torch.compile` (which needs a C++ compiler), bf16 autocast, and where the C library puts large tensors. Compiling pays only in a long run, since the first call waits for the compiler;
+# one block is compiled here, and serves all layers of the same shape. For the last two each
+# variant runs in a process of its own, with its own environment. `ONEDNN_MAX_CPU_ISA=AVX2` forbids the instructions that most laptops lack.
+# `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` tell Linux's C library to keep freed memory: without them a large tensor is often asked of the system anew and filled
+# with zeros, page by page. They must stand in front of the command.
 
 # %%
 def one_block(block):
@@ -96,10 +94,10 @@ def one_block(block):
 x = torch.randn(64, 64, 96, generator=torch.Generator().manual_seed(0))
 try:
     assert steps(2, few=1) == 2, "left out in the tests"
-    plain, compiled, begun = model.blocks[0], torch.compile(model.blocks[0]), time.perf_counter()
+    compiled, begun = torch.compile(model.blocks[0]), time.perf_counter()
     one_block(compiled)
     waited = time.perf_counter() - begun
-    s = side_by_side({"plain": lambda: one_block(plain), "compiled": lambda: one_block(compiled)}, 20)
+    s = side_by_side({"plain": lambda: one_block(model.blocks[0]), "compiled": lambda: one_block(compiled)}, 20)
     print(f"compiled: {s['plain'] / s['compiled']:.2f} times as fast; the first call took as long as {waited / s['plain']:.0f} plain ones")
 except Exception as error:
     print("torch.compile is skipped:", type(error).__name__, (str(error).splitlines() or [""])[0][:80])
@@ -137,21 +135,21 @@ for name, runs in took.items():
         print(f"{name:32} speed of a step {ratio[0]:5.2f}, of Muon's products {ratio[1]:5.2f}; products / step {muon / step:.2f}")
 
 # %% [markdown]
-# Read your own five lines; two things should hold on any machine. Keeping memory is worth some percent, and costs nothing but typing
+# Read your own five lines. Where the C library is glibc (Linux), keeping memory is worth some percent, for the price of typing
 #
 #     MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=33554432 python nano_ar.py
 #
-# (only where the C library is glibc, so on Linux: elsewhere the line shows noise). And **bf16 is not "half the bits, twice the speed"**. It is fast where the processor has an instruction for it (`avx512_bf16`, AMX, a GPU), and even
-# there a step does not gain a factor of two: norms, softmax and optimizer stay in 32 bits, and small matrices are not what the unit was built for. Without the instruction, as on most laptops,
-# each number is taken apart and put together by others, and bf16 is *several times slower* than fp32. That is the whole reason for the line in `pick_device` that asks the processor first.
+# And **bf16 is not "half the bits, twice the speed"**. It is fast where the hardware has an instruction for it (`avx512_bf16`, AMX, a GPU), and even there a step gains less than its products, since
+# norms and softmax stay in 32 bits. Without the instruction, as on most laptops, each number is converted on the way in and out, and bf16 is *several times slower* than fp32. So
+# `pick_device` asks the processor first.
 #
-# The last column is why nano_ar has a Muon of its own. Muon's work is nothing but matrix products, and `torch.optim.Muon` always takes them in bf16: right on a GPU, a trap on a laptop, where the
-# loss still falls and nobody sees why the fan runs. Ours takes the products in the dtype that it is told. What else is different? Nothing: five lines of products, which you write next.
+# The column of Muon's products is why nano_ar has a Muon of its own: `torch.optim.Muon` always takes them in bf16. Right on a GPU, a trap on a laptop, where the
+# loss still falls and nobody sees why the fan runs. Ours takes the products in the dtype that it is told. You write them next.
 #
 # ## Muon by hand
 #
 # A gradient matrix $G=USV^\top$ has a few large singular values and many small ones: a step along $G$ moves a few directions and hardly the rest. Muon (Jordan et al. 2024) steps along
-# $UV^\top$: all directions equally. An SVD for each matrix and step would cost more than the training. The way around it:
+# $UV^\top$: all directions equally. An SVD for each matrix and step would be slow. The way around it:
 #
 # $$XX^\top X=(USV^\top)(VSU^\top)(USV^\top)=US^3V^\top,$$
 #
@@ -206,9 +204,10 @@ plt.show()
 
 # %% [markdown]
 # The slope $a=3.4445$ at 0 lifts small values fast; the price is that the large ones never settle at 1 but wander around it, as the printed range says. It does not matter: the
-# directions need steps of the same *order*. A value of 0.001 is still at 0.47 after five rounds, and smaller ones are left behind: right of the knee in the second picture. Those are the directions in which the gradient is mostly rounding.
+# directions need steps of the same *order*. A value of 0.001 is still at 0.47 after five rounds, and smaller ones are left behind: the right end of the second picture, made from a random matrix whose columns shrink by a factor of 1,000 from the first to the last.
 #
-# Note what this costs: per round three products of the size of the weight matrix, once a step, however large the batch. The training itself multiplies every matrix with every slot of the batch, 4,096 of them here. So Muon costs a small share of a step (the last column of the table above), and less the larger the batch.
+# The cost: three products of the size of the weight matrix in each round, once a step, however large the batch, while training multiplies each matrix with all 4,096 slots of the batch. So it is a small share of a step (last column of the
+# table above), and smaller for larger batches.
 #
 # Does it pay? The same model, 100 steps, AdamW alone at three rates against Muon at the script's own.
 
@@ -237,14 +236,13 @@ with put(nano_ar, "make_optimizers", adamw_alone):
         print(f"AdamW at {lr:<5} {fit(lr=lr)[1]:6.1f} nats")
 
 # %% [markdown]
-# After the same number of steps Muon is far ahead of the best of the three rates. Three traps in such comparisons. A rival at one rate is no rival: look how far the three lie apart, and
-# whether the best is at the edge of those tried (then try more). "After 100 steps" is not "in the end": nobody has measured here how much of the distance is left after ten thousand. And Muon is for the matrices *inside* the blocks only. The
-# rows of an embedding are separate vectors, of which a batch touches a few: `make_optimizers` leaves these, the slot vectors and the head to AdamW.
+# Three traps in such comparisons. A rival at one rate is no rival: see how far the three lie apart, and whether the best is at the edge of those tried (then try more). "After 100 steps" is not "in the end": how much of the distance is left after ten thousand
+# was not measured here. And Muon is for the matrices *inside* the blocks: the rows of an embedding are separate vectors, of which a batch touches a few. `make_optimizers` leaves these, the slot vectors and the head to AdamW.
 #
 # ## Fewer calls: Token-Shuffle
 #
-# Half the calls would be half the time. Token-Shuffle (arXiv:2504.17789) lays 2 x 2 neighbouring tokens side by side into one wide vector, runs the transformer on 16 slots instead of 64, and predicts four
-# tokens at once from each. The four are drawn **independently of each other** given the past; the chain rule would allow that only if they were.
+# Token-Shuffle (arXiv:2504.17789) lays 2 x 2 neighbouring tokens side by side into one wide vector, runs the transformer on 16 slots instead of 64, and predicts four
+# tokens at once from each. The four are drawn **independently of each other** given the past; but they do depend on each other.
 #
 # **Exercise 3.** `fuse(x, rows, columns, s)`: (B, rows * columns, C) in raster order -> (B, rows * columns / s^2, s * s * C): the s x s square of cells of each slot, row by row; slots in raster order, too. For a 2 x 4 grid of the numbers 0 .. 7, with s = 2: (0, 1, 4, 5), (2, 3, 6, 7).
 
@@ -298,22 +296,26 @@ s = side_by_side({"raster": lambda: nano_ar.generate(raster, few, None), "shuffl
                   "learn raster": lambda: nano_ar.loss_of(raster, tokens[:64], labels[:64]).backward(),
                   "learn shuffled": lambda: nano_ar.loss_of(shuffled, tokens[:64], labels[:64]).backward()})
 print(f"drawing {s['raster'] / s['shuffled']:.1f}, training {s['learn raster'] / s['learn shuffled']:.1f} times as fast")
-for name, nats, drawn in (("raster", muon_nats, nano_ar.generate(raster, some, torch.Generator().manual_seed(0))),
-                          ("shuffled", shuffled_nats, shuffled.draw(some, torch.Generator().manual_seed(0)))):
+figure, axes = plt.subplots(2, 1, figsize=(7, 1.5), layout="constrained")
+for name, nats, drawn, axis in (("raster", muon_nats, nano_ar.generate(raster, some, torch.Generator().manual_seed(0)), axes[0]),
+                                ("shuffled", shuffled_nats, shuffled.draw(some, torch.Generator().manual_seed(0)), axes[1])):
     m = nano_ar.image_metrics(judge, nano_ar.decode(drawn, codebook), some, images[-last:])
     print(f"{name:9} {nats:6.1f} nats, gFD {m['gfd']:6.2f}, accuracy {m['class_accuracy']:.3f}")
+    axis.imshow(torch.cat(list(nano_ar.decode(drawn[:14], codebook)), 1), cmap="gray")
+    axis.set(xticks=[], yticks=[], ylabel=name)
+plt.show()
 
 # %% [markdown]
-# A quarter of the calls, each a little dearer, since the head is four times as large: drawing is a few times faster, training too. The price stands in nats. Both models give a probability to the *same tokens*, so their
-# likelihoods may be compared, and the shuffled one is clearly behind. Where a stroke crosses the border between two of the four cells, each of them guesses alone whether it does, and they disagree: broken strokes.
-# More training does not cure it. The four are dependent, and a product of four laws cannot say so, at any size. (Accuracy is the wrong witness here: at this length of training both draw poor digits, and a judge may recognise the
-# broken ones more often.) In the paper the pictures have 2,048 pixels a side, so that neighbours are almost copies of each other, and the price is smaller; the form of the price is the same.
+# A quarter of the calls, each a little dearer, as the head is four times as large. The price stands in nats: both models give a probability to the *same tokens*, so their
+# likelihoods may be compared, and the shuffled one is behind. Where a stroke crosses the border between two of the four cells, each guesses alone whether it does.
+# More training does not cure it: a product of four laws cannot say that the four depend on each other. (Accuracy is the wrong witness: after 100 steps both draw poor digits, see the picture, and a judge
+# may recognise the worse ones as often.) The paper's pictures have 2,048 pixels a side: neighbours are nearly copies, which should make the price smaller.
 #
-# Lesson 20 finds other ways to call less often, and lesson 42 asks what an exact one would need.
+# Lesson 20 finds other ways to call less often; lesson 42 asks what an exact one needs.
 #
 # ## Batches that never end
 #
-# A call for 16 images costs less than 16 calls for one. How much less, here:
+# What does a call for B images cost?
 
 # %%
 @torch.no_grad()
@@ -324,10 +326,9 @@ def ten_calls(B):
 with torch.no_grad():
     cost = side_by_side({B: ten_calls(B) for B in (1, 2, 4, 8, 16, 32)})
 print("cost of a call, batch 1 = 1: ", "  ".join(f"{B}: {c / cost[1]:.2f}" for B, c in cost.items()))
-print("images a second, batch 1 = 1:", "  ".join(f"{B}: {B * cost[1] / c:.1f}" for B, c in cost.items()))
 
 # %% [markdown]
-# So batches pay. But requests come when they like, and some need fewer calls: the rest of a half-given image takes 32. A **static** server takes what waits, up to `slots` requests,
+# So batches pay. But requests come when they like, and some need fewer calls: the lower half for a given upper one takes 32 (and one that reads the upper half, left out here). A **static** server takes what waits, up to `slots` requests,
 # and takes no new one until all of them are done. A **continuous** one (Orca; Flover, arXiv:2305.13484) decides before every call: whoever is done leaves, whoever waits joins.
 #
 # **Exercise 4.** `serve(arrivals, lengths, slots)`: request i may take part in calls from number `arrivals[i]` on (sorted integers) and needs `lengths[i]` calls. At most `slots` take part in a call; first come, first served; nobody is interrupted. Return the number of the call
@@ -366,28 +367,31 @@ def serve_static(arrivals, lengths, slots):
 
 rng = torch.Generator().manual_seed(0)
 lengths = (32 * torch.randint(1, 3, (300,), generator=rng)).tolist()  # half-given and whole images
-for rate in (0.05, 0.1, 0.15, 0.3):  # requests a call; 8 slots can do 8 / 48 = 0.17
-    gaps = torch.empty(300).exponential_(rate, generator=rng)
-    arrivals = gaps.cumsum(0).int().tolist()
-    static = [end - begin for begin, end in zip(arrivals, serve_static(arrivals, lengths, 8))]
-    with put(mine, "serve", serve):
-        ours = [end - begin for begin, end in zip(arrivals, mine.serve(arrivals, lengths, 8))]
-        print(f"{rate:.2f} requests a call: mean time in the system, static {statistics.mean(static):5.0f} calls, continuous {statistics.mean(ours):5.0f}")
+with put(mine, "serve", serve):
+    for rate in (0.05, 0.1, 0.3, 0.15):  # requests a call; 8 slots can do 8 / 48 = 0.17
+        arrivals, spent = torch.empty(300).exponential_(rate, generator=rng).cumsum(0).int().tolist(), {}
+        for name, function in (("static", serve_static), ("continuous", mine.serve)):
+            spent[name] = [end - begin for begin, end in zip(arrivals, function(arrivals, lengths, 8))]
+        print(f"{rate:.2f} requests a call: mean time until done", {name: round(statistics.mean(calls)) for name, calls in spent.items()})
+    figure, axis = plt.subplots(figsize=(6, 2.2), layout="constrained")
+    for name, calls in spent.items():
+        axis.plot(arrivals, calls, label=name)
+    axis.set(xlabel=f"call of arrival ({rate} requests a call)", ylabel="calls until done")
+    axis.legend(fontsize=7)
+    plt.show()
 
 # %% [markdown]
-# At low load a static server wastes little on paper, and yet whoever comes one call late waits for up to 64. Near the limit it gives up first: a half-given image that is done after 32 calls keeps its place empty until the whole ones
-# are done, so it serves fewer a call, and its queue grows without end at a rate which the continuous one still serves. Above 0.17 requests a call both queues grow, and no rule helps: only more slots do.
+# With a static server, who comes one call late waits for up to 64. And a half image that is done after 32 calls keeps its place empty until the whole ones
+# are done: fewer are served in the same calls, and the queue grows (the picture) at a rate that the continuous server still bears. Above 0.17 requests a call both queues grow, and only more slots help.
 #
-# Question 4 was a trap: neither. The continuous server waits for nobody *and* has full batches, since it decides before every call.
-#
-# What does this ask of the model? The rows of one call stand at different slots: one reads its class, another its 40th token. So each row needs its own position (slot vector, angle of RoPE) and sees its own length of the cache, and that is
-# all: rows of a batch never mix. `GPT.step` of nano_ar takes one t for all rows, since it serves one user; with a vector t it would serve any mixture. Free places can be handed on because the cache beyond a row's length is never read.
+# What does this ask of the model? The rows of one call stand at different slots. So each row needs its own position (slot vector, angles of RoPE) and sees its own length of the cache. That is
+# all, since rows of a batch never mix. nano_ar serves one user, so `GPT.step` takes one t for all rows. A place can be handed on, because the cache beyond a row's length is never read.
 
 # %% [markdown]
 # ## Beside nanoGPT
 #
 # nanoGPT's `model.py` is the yardstick for small GPTs. Give its path in the environment variable `NANOGPT` (it is one file of github.com/karpathy/nanoGPT), and the next cell trains it on the same tokens, with its own AdamW
-# and the class as a first token of its own, as long as our 100 steps took (looks at held-back images included). The rate is one, not searched for. `tests/bench_ar.py` does it in full: 300 seconds of nanoGPT at the size of the script, then how soon nano_ar reaches that loss:
+# and the class as a first token of its own, as long as our 100 steps took (looks at held-back images included). Its rate was not searched for. In full, 300 seconds of nanoGPT at the size of the script, then how soon nano_ar reaches that loss:
 #
 #     python tests/bench_ar.py nanoGPT/model.py
 
@@ -402,8 +406,8 @@ else:
     print("NANOGPT names no model.py: left out")
 
 # %% [markdown]
-# If you gave the path: nanoGPT's step is the cheaper one (no second dimension, no norm of queries and keys, no Muon), so it takes more of them in the same time, and is behind. Tokens per second is not the goal; *seconds to a loss* is.
-# A model can win every benchmark of throughput and lose this one. What else differs between the two: positions in two dimensions, relu^2, outputs that start at zero, the optimizer. Which of them matters? Each is one `put` away.
+# If you gave the path: nanoGPT's step is the cheaper one (positions in one dimension, no norm of queries and keys, no Muon), it takes more of them in the same time, and is behind. Tokens per second is not the goal; *seconds to a loss* is.
+# Which of the differences matters? Optimizer, positions, relu^2, outputs that start at zero: change one at a time, and see.
 #
 # ## Put it into the script
 #
@@ -430,22 +434,22 @@ with put(nano_ar, "orthogonalize", polar):
     nats = fit()[1]
     s = side_by_side({"five": lambda: five(G), "twenty": lambda: polar(G)}, 20)
     print(f"Muon's five rounds {muon_nats:.1f} nats; twenty classic ones {nats:.1f}, and {s['twenty'] / s['five']:.1f} times the products' time")
-    band("nats", nats, muon_nats - 3, muon_nats + 3)
+    band("nats", nats, muon_nats - 5, muon_nats + 5)
 
 # %% [markdown]
-# Twenty rounds with singular values of exactly 1 at the end, and the loss moves by a nat or so, which one seed and 100 steps cannot tell from noise. Set that beside the distance to AdamW: what helps is that all directions are of
-# *one order*. So the five rounds with coefficients for speed give away next to nothing, and cost a quarter of the products.
+# Twenty rounds, nearly all singular values 1 to many digits, and the loss moves by a nat or so, which one seed and 100 steps cannot tell from noise. Set that beside the distance to AdamW: what helps is that all directions are of
+# *one order*. So the five rounds with coefficients for speed give away next to nothing, and cost a quarter of the products (and smaller ones: `orthogonalize` works on the short side of a tall matrix).
 #
 # ## What did not work
 #
-# * **Compiling the whole script.** Waiting for the compiler costs a hundred steps and more, in a run of 500; the gain on a CPU is small. nano_ar does not compile. With thousands of steps on a GPU the sum is another one.
-# * **Token-Shuffle as a free gift.** See above: it saves calls by dropping a dependence that is there.
-# * **bf16 as a habit.** On one machine it saves a third, on the next it costs a multiple, with the same code and the same loss.
-# * **Exact orthogonality.** Fifteen more rounds of products, for a difference in the noise.
+# * **Compiling.** The compiler costs as much as many steps, in a run of 500; nano_ar does not compile. With thousands of steps on a GPU the sum is another one.
+# * **bf16 as a habit.** With the same code and the same loss it saves much of a step on one machine and costs a multiple on the next.
+# * **Token-Shuffle as a gift.** It saves calls by dropping a dependence that is there.
+# * **Exact orthogonality.** Fifteen more rounds, for a difference in the noise.
 #
 # ## Your four guesses
 #
-# 1. Printed in the section on the cache: a few times for one image, more for a batch, never 64. 2. With a laptop's instructions: slower, several times. 3. None; fifteen products a matrix. 4. Neither: decide before every call.
+# 1. Printed above: far from 64 for one image, nearer for a batch. 2. With a laptop's instructions: several times *slower*. 3. None; fifteen products a matrix. 4. Neither: a server that decides before every call waits for nobody and has full batches.
 #
 # **Read on.** Jordan et al., *Muon* (2024, kellerjordan.github.io/posts/muon), with the search for the five coefficients; Higham, *Functions of Matrices* (2008), chapter 8, for the classic iteration; Yu et al., *Orca* (OSDI 2022) and Flover (arXiv:2305.13484) for
 # batches that never end; Ma et al., *Token-Shuffle* (arXiv:2504.17789). In the repository: `orthogonalize`, `Muon`, `generate` and `pick_device` of nano_ar.py, and lesson 60 for what happens inside one attention call.
