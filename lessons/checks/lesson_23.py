@@ -1,11 +1,17 @@
 """Checks of lesson 23. Oracles: enumeration, pixel loops, and a coder in one unbounded integer that never carries."""
 
+import bz2
+import gzip
+import io
 import itertools
+import lzma
 import math
 import random
 from fractions import Fraction
 
+import numpy as np
 import torch
+from PIL import Image
 
 import nano_ar
 from lessons.checks import close, exercise, need
@@ -224,3 +230,43 @@ def check_raster(raster):
         truth = model(tokens, labels)  # the training pass, all slots at once
         for t in range(L):
             close(seen[t + 1], truth[:, t:t + 1], f"{case}: logits of token {t}", 1e-3)
+
+
+# --- the rivals: no exercise, but each in its best form ---------------------------------------------------------------
+
+
+def picture_bytes(pixels, kind):
+    """uint8 (h, w) as a PNG or lossless WebP file -> its length. PNG: grey, or a palette of 4 bits where that is less."""
+
+    def length(image, **how):
+        file = io.BytesIO()
+        image.save(file, kind, **how)
+        return len(file.getvalue())
+
+    if kind == "WEBP":
+        return length(Image.fromarray(pixels).convert("RGB"), lossless=True, quality=100, method=6)
+    grey, number = np.unique(pixels, return_inverse=True)
+    best = length(Image.fromarray(pixels), optimize=True)
+    if len(grey) <= 16:
+        image = Image.fromarray(number.reshape(pixels.shape).astype(np.uint8), "P")
+        image.putpalette(np.repeat(grey, 3).tolist())
+        best = min(best, length(image, bits=4, optimize=True))
+    return best
+
+
+def rivals(pictures, tokens):
+    """Bytes of n images, n a multiple of 10: {name: (each in its own file, all in one)}.
+
+    pictures: uint8 (n, h, w), for PNG and WebP; together they are a sheet of 10 columns. tokens (n, L), for the others:
+    one byte a token or, where all are below 16, two tokens a byte if that gives a smaller file.
+    """
+    pictures, codes, (n, h, w) = pictures.numpy(), tokens.byte().numpy(), pictures.shape
+    sheet = pictures.reshape(n // 10, 10, h, w).swapaxes(1, 2).reshape(n // 10 * h, 10 * w)
+    sizes = {}
+    for kind in ("PNG", "WEBP"):
+        sizes[kind] = sum(picture_bytes(picture, kind) for picture in pictures), picture_bytes(sheet, kind)
+    forms = [codes] if codes.max() > 15 else [codes, codes[:, ::2] * 16 + codes[:, 1::2]]
+    for name, squeeze in (("gzip", gzip.compress), ("bz2", bz2.compress), ("lzma", lzma.compress)):
+        alone = min(sum(len(squeeze(row.tobytes())) for row in form) for form in forms)
+        sizes[name] = alone, min(len(squeeze(form.tobytes())) for form in forms)
+    return sizes
