@@ -314,6 +314,15 @@ def test_fill_never_looks_ahead():
     assert np.array_equal(ts.fill(table, 24)[:70], ts.fill(later, 24)[:70])
     assert not np.isnan(ts.fill(table, 24)).any()
     assert np.array_equal(ts.fill(table, 24)[40:45], table[16:21])
+    assert ts.fill(np.array([[1.0], [math.nan], [5]]), 2)[:, 0].tolist() == [1, 1, 5], "no season yet: the last"
+
+
+def test_validation_rows_choose_and_test_rows_do_not(monkeypatch):
+    ladder = ts.Ladder(hourly(waves(600)), (420, 480, 600), [24], settings(), CPU)
+    row = {"params": 0, "fit_seconds": 0, "lookback": 1, "windows": {"24": 1}, "mse": {"24": 1}, "mae": {"24": 1}}
+    ranks = {"snaive": (3, 3), "ar": (1, 2), "sar": (2, 1), "truth": (0, 0)}  # mean of the test, validation
+    monkeypatch.setattr(ladder, "enter", lambda name: row | dict(zip(("mean", "val"), ranks[name]), name=name))
+    assert ladder.climb(list(ranks)) == "sar"
 
 
 def test_a_mean_of_models_is_the_mean_of_their_forecasts():
@@ -404,7 +413,8 @@ def test_a_level_with_too_few_errors_is_refused(tmp_path, capsys):
 # --- any CSV ---------------------------------------------------------------------------------------------
 MONTHS = [f"{1949 + m // 12}-{m % 12 + 1:02}" for m in range(48)]
 FORMS = {  # header and rows; --dates; the step; the last date
-    "months": ("Month,v\n" + "".join(f"{m},{i * i % 50}\n" for i, m in enumerate(MONTHS)), "", 1, "1952-12-01"),
+    "months": ("Month,v\n" + "".join(f"{m},{i * i % 50}\n" for i, m in enumerate(MONTHS)), "", 1,
+               "1952-12-01"),
     "years": ("Year,v\n" + "".join(f"{1885 + i},{i * i % 50}\n" for i in range(40)), "", 12, "1924-01-01"),
     "years in a format": ("t,v\n" + "".join(f"{1885 + i},{i * i % 50}\n" for i in range(40)), "%Y", 12, "1924-01-01"),
     "days": (dated(range(0, 1600, 40), minutes=1440, form="%Y-%m-%d").replace(",80\n", ",7\n"), "",
