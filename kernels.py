@@ -1064,14 +1064,20 @@ def nearest_code(points, codebook, return_distance=False):
     fits = points.dim() == codebook.dim() == 2 and points.shape[1] == codebook.shape[1]
     shapes = f"points {tuple(points.shape)} and codebook {tuple(codebook.shape)}"
     _check(fits and len(codebook) > 0, f"nearest_code: {shapes} must be (N, D) and (K, D), K at least 1")
+    points, codebook = points.detach().float(), codebook.detach().float()
+    half = 0.5 * codebook.square().sum(1)                               # (K,)
+    index = torch.empty(len(points), dtype=torch.long, device=points.device)
+    # 8 MB of distances at a time stay in a CPU's cache; and always in the same place, since hundreds of such
+    # blocks in turn left holes of 2.5 GB in the heap
+    rows = max(1, 2**21 // len(codebook))
+    distances = torch.empty(rows, len(codebook), device=points.device)
     with torch.autocast(points.device.type, enabled=False):             # in bf16 neighbours would swap
-        points, codebook = points.float(), codebook.float()
-        half = 0.5 * codebook.square().sum(1)                           # (K,)
-        rows = max(1, 2**21 // len(codebook))       # 8 MB of distances at once stay in a CPU's cache
-        parts = [torch.addmm(half, part, codebook.T, alpha=-1).argmin(1) for part in points.split(rows)]
-        index = torch.cat(parts)                                     # addmm: half - part codebook^T (rows, K)
-        if return_distance:
-            return index, (points - codebook[index]).square().sum(1)
+        for i in range(0, len(points), rows):
+            part = points[i:i + rows]
+            d = torch.addmm(half, part, codebook.T, alpha=-1, out=distances[:len(part)])  # |c|^2 / 2 - x . c
+            torch.argmin(d, dim=1, out=index[i:i + rows])
+    if return_distance:
+        return index, (points - codebook[index]).square().sum(1)
     return index
 
 
