@@ -1,6 +1,11 @@
-"""Triton reads this variable once, when it is first imported: its kernels then run on CPU tensors, in Triton's interpreter, so that
-test_kernels.py can check them without a GPU. Everything else still takes the plain torch path. On a GPU: TRITON_INTERPRET=0 pytest."""
+"""Two variables that must be set before torch and triton are imported.
+
+TRITON_INTERPRET: triton reads it once, at its first import; its kernels then run on CPU tensors, in its interpreter, so that test_kernels.py
+can check them without a GPU. Everything else still takes the plain torch path. On a GPU: TRITON_INTERPRET=0 pytest.
+OMP_NUM_THREADS: a sum over two threads ends in other last digits than a sum over one, so a test that compares a killed process bit for bit
+with its own must run both alike; and two test processes with one thread each are faster here than one with two."""
 
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
