@@ -9,31 +9,32 @@
 
 One idea carries the first three. Seen from one query with scores s_j = q . k_j, a set of keys is summed up by
 m, its largest score; u, the sum of e^(s_j - m); and w, the sum of e^(s_j - m) v_j. The summaries of two
-disjoint sets merge into the summary of their union, and w / u of all keys is softmax attention:
+disjoint sets add up to the summary of their union (`merge`), and w / u of all keys is softmax attention:
 
-    flash attention      ((tile 0 + tile 1) + tile 2) + ...          a fold: one program walks along the keys
-    split-K decoding     chunk 0 + chunk 1 + chunk 2 + ...           a tree: many programs share one query
-    attention as an RNN  k0,  k0 + k1,  k0 + k1 + k2,  ...           a scan: every prefix is an answer
+    flash attention      ((tile 0 + tile 1) + tile 2) + ...   a fold: one program walks along the keys
+    split-K decoding     chunk 0 + chunk 1 + chunk 2 + ...    a program for each chunk, then all at once
+    attention as an RNN  k0,  k0 + k1,  k0 + k1 + k2,  ...    a scan: every prefix is an answer
 
 Read `merge`, then `_fold`. Each op stands in the same order: torch reference, kernel, the function to call.
 
-Which one runs: tensors on a CPU take torch; tensors on an NVIDIA GPU take the kernel if the GPU's generation
-is sm_80 or later (2020: A100, RTX 30), and torch if it is older, such as the free T4 (sm_75). `path(tensor)`
-says which and why; `use("reference")` and `use("triton")` override. Without Triton (macOS, Windows) all is
-torch.
+    B samples     H query heads, Hkv key heads     N queries i, M keys j, D numbers a head     V vocabulary
+    R new tokens and S places of a cache (decode)  g or gamma drafted tokens (verify)          K codes
+    I = BLOCK_Q queries and J = BLOCK_K keys make a tile (attention)
+
+Which one runs: tensors on a CPU take torch; on an NVIDIA GPU the kernel, if its generation is sm_80 or later
+(2020: A100, RTX 30; the free T4 is sm_75). Two things take torch anyway: what torch.compile compiles, which
+makes kernels of its own from torch ops; and scan_attention when a gradient is asked for, since its kernel has
+no backward pass. `path(tensor)` says which and why; `use("reference")` and `use("triton")` override. Without
+Triton (macOS, Windows) all is torch.
 
 NO KERNEL HERE HAS EVER RUN ON A GPU: none was at hand. They ran in Triton's interpreter, on a CPU, against
-float64, and were compiled for sm_80 and sm_90. Their speed, and errors that only a device makes, are unknown.
-On a machine with a GPU these two commands check and time them:
+float64, always in float32 (it computes bf16 wrongly), and were compiled, also for 16 bits, for sm_80 and
+sm_90. Their speed, their 16-bit results, and errors that only a device makes are unknown. On a machine with
+a GPU `TRITON_INTERPRET=0 pytest tests/test_kernels.py` checks and `python tests/bench_kernels.py` times them.
 
-    TRITON_INTERPRET=0 pytest tests/test_kernels.py
-    python tests/bench_kernels.py
-
-Letters in shapes: B samples, H query heads, Hkv key heads, N queries, M keys, D numbers a head, V vocabulary.
 Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
 Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192,
-2302.01318), Flash-Decoding (Dao et al. 2023). Left out: dropout, paged caches, fp8, what only new GPUs can
-do.
+2302.01318), Flash-Decoding (Dao et al. 2023). Left out: dropout, paged caches, fp8, what only new GPUs do.
 """
 
 import functools
@@ -52,11 +53,11 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit                                    # a function that kernels call
-    # A kernel. For each integer argument Triton would compile once more when it is 1 or a multiple of 16; not
-    # for these, which are lengths and change from call to call
-    lengths = ["N", "M", "R", "S", "rows", "chunks", "gamma"]
-    kernel = functools.partial(triton.jit, do_not_specialize=lengths)
+    jit = triton.jit                                    # for a function that kernels call
+    # For a kernel. Triton compiles one anew for an integer argument that is 1, or a multiple of 16; not for
+    # these, which change from call to call
+    changing = ["N", "M", "R", "S", "rows", "chunks", "gamma"]
+    kernel = functools.partial(triton.jit, do_not_specialize=changing)
 except ImportError:                                     # every op still runs, by its torch path
     triton, tl = None, SimpleNamespace(constexpr=None)
     jit = kernel = lambda function: function
@@ -69,13 +70,7 @@ LOG2_E, LN_2 = math.log2(math.e), math.log(2)           # e^x = 2^(x LOG2_E) and
 
 
 def summarize(scores, values):
-    """Summary m (.., N), u (.., N), w (.., N, D) of M keys, from scores (.., N, M) and values (.., M, D).
-
-    Two keys with score 0, values 1 and 3: m = 0, u = e^0 + e^0 = 2, w = 1 e^0 + 3 e^0 = 4, output w / u = 2.
-
-    >>> summarize(torch.tensor([[0., 0.]]), torch.tensor([[1.], [3.]]))
-    (tensor([0.]), tensor([2.]), tensor([[4.]]))
-    """
+    """Summary m (.., N), u (.., N), w (.., N, D) of M keys, from scores (.., N, M) and values (.., M, D)."""
     m = scores.detach().amax(-1)                    # only a shift: it cancels in w / u, so no gradient passes
     p = torch.exp(scores - _finite(m)[..., None])   # (.., N, M), at most 1, where e^90 would overflow float32
     return m, p.sum(-1), p @ values
@@ -84,23 +79,26 @@ def summarize(scores, values):
 def merge(a, b):
     """Summary of the union of two disjoint sets of keys.
 
-    (m, u, w) + (m', u', w') = (M, u e^(m-M) + u' e^(m'-M), w e^(m-M) + w' e^(m'-M)),   M = max(m, m')
+    (m1, u1, w1) + (m2, u2, w2) = (m, u1 e^(m1-m) + u2 e^(m2-m), w1 e^(m1-m) + w2 e^(m2-m)),  m = max(m1, m2)
 
-    Both sides are brought to the larger maximum M, then added. The order of merging does not matter, and
-    (-inf, 0, 0), the summary of no keys, changes nothing.
+    Both sides are brought to the larger maximum, then added. The order of merging does not matter, and
+    (-inf, 0, 0), the summary of no keys, changes nothing. Two keys, score 0 and value 1, score log 2 and
+    value 3: at the maximum log 2 the first is worth 1/2, and w / u = 3.5 / 1.5 = (1 . 1 + 2 . 3) / (1 + 2).
+
+    >>> a = summarize(torch.tensor([[0.]]), torch.tensor([[1.]]))
+    >>> b = summarize(torch.tensor([[2.]]).log(), torch.tensor([[3.]]))
+    >>> merge(a, b)
+    (tensor([0.6931]), tensor([1.5000]), tensor([[3.5000]]))
     """
     (m1, u1, w1), (m2, u2, w2) = a, b                   # m, u (.., N) and w (.., N, D)
-    m = torch.maximum(m1.detach(), m2.detach())
-    x = torch.exp(m1 - _finite(m))                 # what the old sums are worth at the new maximum: at most 1
-    y = torch.exp(m2 - _finite(m))
+    m = torch.maximum(m1.detach(), m2.detach())     # the new shift: no gradient, as in `summarize`. Below m1
+    x = torch.exp(m1 - _finite(m))                  # keeps its own: in a scan it is the score of a single key
+    y = torch.exp(m2 - _finite(m))                  # x, y: what the old sums are worth at the new maximum
     return m, u1 * x + u2 * y, w1 * x[..., None] + w2 * y[..., None]
 
 
 def finish(state):
-    """Attention output w / u (.., N, D), and log-sum-exp m + log u (.., N), the log of the sum of e^(s_j).
-
-    Of no keys: 0 and -inf.
-    """
+    """Output w / u (.., N, D), and log-sum-exp m + log u = log sum_j e^(s_j) (.., N). No keys: 0 and -inf."""
     m, u, w = state
     return w / torch.where(u == 0, 1.0, u)[..., None], m + u.log()
 
@@ -112,15 +110,16 @@ def _finite(m):
 
 # How to read a kernel. It looks like numpy, but its arrays are tiles: small, with sides that are powers of
 # two and known when it is compiled (`tl.constexpr`), held in the registers of one processor of the GPU.
-# Launching a kernel starts many copies of it, "programs", in no fixed order; tl.program_id(0) tells each one
-# its number, and so its part of the result. A tensor arrives as a pointer to its first number:
-# tl.load(pointer + offsets) fetches a tile, tl.store writes one. `mask` marks the places that may be touched;
-# the others read as `other`.
+# Launching a kernel starts many copies of it, "programs", roughly in the order of their numbers, though none
+# may count on that; tl.program_id(0) tells each its number, and so its part of the result. A tensor arrives
+# as a pointer to its first number: tl.load(pointer + offsets) fetches a tile, tl.store writes one. `mask`
+# marks the places that may be touched; the others read as `other`. A kernel cannot see the globals of this
+# file, so 1.4426950408889634 is log2 e and 0.6931471805599453 is log 2.
 
 
 @jit
 def _merge(m1, u1, w1, m2, u2, w2):
-    """`merge` for kernels. There m is in base 2 (times log2 e): a GPU makes e^x from 2^x anyway."""
+    """`merge` of six tiles of one shape, m in base 2 (times log2 e): a GPU makes e^x from 2^x anyway."""
     m = tl.maximum(m1, m2)
     shift = tl.where(m == float("-inf"), 0.0, m)
     x, y = tl.exp2(m1 - shift), tl.exp2(m2 - shift)
@@ -136,15 +135,16 @@ _arange = functools.partial(torch.arange, device="cpu")     # masks are made on 
 class Mask:
     """Query i sees key j  iff  row_start[i] <= j < row_end[i]  and  i < col_end[j].
 
-    row_start, row_end (N,) and col_end (M,), int32 on the CPU: each query sees one run of keys, and each key
-    is seen down to some query. N + M numbers instead of N x M, and a few of them tell whether a whole tile is
-    empty or full. The functions below make masks and remember them; use one mask in every layer.
+    row_start, row_end (N,) and col_end (M,), int32 on the CPU. A query sees one run of keys, less the keys
+    whose column has ended: only a tree needs those, elsewhere col_end is N. 2 N + M numbers instead of N x M,
+    and a few of them tell whether a whole tile is empty or full. The functions below make masks, and all but
+    `tree` remember them; use one mask in every layer.
     """
 
     row_start: torch.Tensor
     row_end: torch.Tensor
     col_end: torch.Tensor
-    name: str = "mask"
+    name: str = "mask"                  # torch has "causal" and "full" built in: see `_attention_torch`
 
     @property
     def shape(self):
@@ -162,38 +162,39 @@ class Mask:
         """Text picture: a line for each query, `#` where it sees a key."""
         return "\n".join("".join(".#"[seen] for seen in row) for row in self.dense()[0, 0].tolist())
 
-    def tiles(self, block_m, block_n):
-        """Which tiles of block_m queries x block_n keys are visited: bounds by query tiles and by key tiles.
+    def tiles(self, block_q, block_k):
+        """Which tiles of block_q queries x block_k keys are visited: bounds by query tiles and by key tiles.
 
         causal(8) in tiles of 2 x 2, W = seen whole, P = partly, - = not at all:
 
-            keys   0 1  2 3  4 5  6 7
-            0, 1    P    -    -    -     0 0 0 2
-            2, 3    W    P    -    -     0 0 2 4
-            4, 5    W    W    P    -     0 0 4 6       lo, full_lo, full_hi, hi of the queries 4 and 5
-            6, 7    W    W    W    P     0 0 6 8
+            keys   0 1  2 3  4 5  6 7    lo  full_lo  full_hi  hi
+            0, 1    P    -    -    -     0      0        0      2
+            2, 3    W    P    -    -     0      0        2      4
+            4, 5    W    W    P    -     0      0        4      6
+            6, 7    W    W    W    P     0      0        6      8
 
-        The keys from full_lo to before full_hi are seen whole and need no comparison; from lo to full_lo, and
-        from full_hi to hi, they are compared one by one; the others are never read, half of all under a
-        causal mask. Both are int32 (1, 1, tiles, 4), ones as in `dense`.
+        From full_lo to before full_hi lies the first run of whole tiles, where nothing is compared; from lo
+        to full_lo and from full_hi to hi pairs are compared one by one (in a tree also whole tiles behind a
+        gap). The others are never read: nearly half, if there are many tiles. Both results are int32
+        (1, 1, tiles, 4), ones as in `dense`.
         """
         n, m = self.shape
-        start_min, start_max = _extremes(self.row_start, block_m)               # (query tiles, 1)
-        end_min, end_max = _extremes(self.row_end, block_m)
-        col_min, col_max = _extremes(self.col_end, block_n)                     # (key tiles, 1)
-        i0, j0 = _arange(0, n, block_m)[:, None], _arange(0, m, block_n)        # where each tile starts ...
-        i1, j1 = i0 + block_m, j0 + block_n                                     # ... and ends
-        # both (query tiles, key tiles). `some` may hold a tile too many, which is then compared in vain
+        start_min, start_max = _extremes(self.row_start, block_q)               # (query tiles, 1)
+        end_min, end_max = _extremes(self.row_end, block_q)
+        col_min, col_max = _extremes(self.col_end, block_k)                     # (key tiles, 1)
+        i0, j0 = _arange(0, n, block_q)[:, None], _arange(0, m, block_k)        # where each tile starts ...
+        i1, j1 = i0 + block_q, j0 + block_k                                     # ... and ends
+        # (query tiles, key tiles). `some` may hold a tile too many, which is then compared in vain
         some = (start_min < j1) & (end_max > j0) & (col_max.T > i0)
         whole = (start_max <= j0) & (end_min >= j1) & (col_min.T >= i1)
         whole &= (i1 <= n) & (j1 <= m)                   # a tile that sticks out of the matrix is never whole
-        by_queries, by_keys = _runs(some, whole) * block_n, _runs(some.T, whole.T) * block_m
+        by_queries, by_keys = _runs(some, whole) * block_k, _runs(some.T, whole.T) * block_q
         return by_queries[None, None], by_keys[None, None]
 
     @functools.lru_cache(maxsize=64)
-    def for_kernel(self, device, block_m, block_n, by_keys):
+    def for_kernel(self, device, block_q, block_k, by_keys):
         """row_start, row_end, col_end, and the bounds by query tiles (or by key tiles), on the device."""
-        bounds = self.tiles(block_m, block_n)[1 if by_keys else 0]
+        bounds = self.tiles(block_q, block_k)[1 if by_keys else 0]
         return [x.to(device).contiguous() for x in (self.row_start, self.row_end, self.col_end, bounds)]
 
 
@@ -225,7 +226,7 @@ def _mask(name, start, end, m, col_end=None):
 
 @functools.lru_cache(maxsize=256)
 def full(n, m=None):
-    """Everything: n queries see all m (default n) keys. The same as mask=None."""
+    """n queries see all m (default n) keys; what mask=None means."""
     m = n if m is None else m
     return _mask("full", [0] * n, [m] * n, m)
 
@@ -323,8 +324,9 @@ def tree(parents, prefix=0):
 def attention_reference(q, k, v, mask=None, scale=None):
     """softmax(scale q k^T) v written out, any float dtype -> output (B, H, N, D), log-sum-exp (B, H, N).
 
-    It writes and reads N x M scores twice, 4 N M numbers a head; the kernel moves q, k, v, o, (2 N + 2 M) D:
-    64 times fewer at N = M = 4096, D = 64. Attention waits for memory, not for arithmetic.
+    N M scores a head go to the GPU's main memory and come back, then N M weights: 4 N M numbers. The kernel
+    moves q and o, N D each, and k and v, M D each: 64 times fewer at N = M = 4096, D = 64. Attention waits
+    for memory, not for arithmetic.
     """
     k, v = _share_heads(q, k), _share_heads(q, v)           # (B, H, M, D)
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)     # (B, H, N, M)
@@ -341,9 +343,8 @@ def _share_heads(q, k):
 def _attention_torch(q, k, v, mask, scale):
     """torch's fused attention; 16-bit inputs on a CPU are written out if short, else computed in float32.
 
-    For torch's own bf16 backward is slow on a CPU: (B, H, N, D) = (64, 4, 64, 32), causal, forward and
-    backward took 34 ms fused in bf16, 12 ms fused in float32 and 5.5 ms written out in bf16 (one core with
-    bf16 products).
+    For torch's own bf16 backward is slow there: 34 ms forward and backward at (B, H, N, D) = (64, 4, 64, 32),
+    causal; 12 ms in float32, 5.5 ms written out in bf16 (one core, with bf16 products).
     """
     k, v, dtype = _share_heads(q, k), _share_heads(q, v), q.dtype
     if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
@@ -358,15 +359,15 @@ def _attention_torch(q, k, v, mask, scale):
 
 
 # The kernels. All tensors are contiguous: (B, H, n, D) is B H matrices n x D in a row, matrix z = b H + h
-# starting at z n D. A program takes a tile of T = BLOCK_M queries of one head and walks along the keys, J =
-# BLOCK_N at a time. tl.dot is the product of two tiles on the tensor cores. They know float32 only with 10
-# bits of mantissa (tf32): "tf32x3" splits each number into two of those and adds the three products that
-# matter; 16-bit inputs do not need it. Sums are always float32.
+# starting at z n D. A program takes a tile of I queries of one head and walks along the keys, J at a time.
+# tl.dot is the product of two tiles on the tensor cores. They know float32 only with 10 bits of mantissa
+# (tf32): "tf32x3" splits each number into two of those and adds the three products that matter; 16-bit inputs
+# do not need it. Sums are always float32.
 
 
 @jit
 def _load(matrix, rows, n, D: tl.constexpr, CHECK: tl.constexpr):
-    """The given rows (T,) of the n x D matrix at this pointer -> (T, D). CHECK: 0 for rows from n on."""
+    """The given rows (I,) of the n x D matrix at this pointer -> (I, D). CHECK: 0 for rows from n on."""
     at = matrix + rows[:, None] * D + tl.arange(0, D)[None, :]
     if CHECK:
         return tl.load(at, mask=rows[:, None] < n, other=0.0)
@@ -375,164 +376,164 @@ def _load(matrix, rows, n, D: tl.constexpr, CHECK: tl.constexpr):
 
 @jit
 def _store(matrix, tile, rows, n, D: tl.constexpr):
-    """Write a tile (T, D) to the given rows of the n x D matrix, in its dtype."""
+    """Write a tile (I, D) to the given rows of the n x D matrix, in its dtype."""
     at = matrix + rows[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(at, tile.to(matrix.dtype.element_ty), mask=rows[:, None] < n)
 
 
 @jit
 def _fold(m, u, w, q, k, v, i, start, end, col_end, lo, hi, M, scale, D: tl.constexpr, BLOCK: tl.constexpr,
-          MASKED: tl.constexpr, COLUMNS: tl.constexpr):
-    """Merge the keys lo .. hi - 1 into the summaries of a tile of T queries. This loop is flash attention.
+          MASKED: tl.constexpr):
+    """Merge the keys lo .. hi - 1 into the summaries of a tile of I queries. This loop is flash attention.
 
-    m, u (T,), w (T, D): the summaries so far. q (T, D): the queries. k, v: pointers to the head's keys and
-    values, M x D each. i, start, end (T,): numbers of the queries, and which keys they see. scale holds log2
-    e. MASKED: compare every pair; COLUMNS: also with col_end.
+    m, u (I,), w (I, D): the summaries so far. q (I, D): the queries. k, v: pointers to the head's keys and
+    values, M x D each. i, start, end (I,): numbers of the queries, and which keys they see. scale holds the
+    factor log2 e. MASKED: compare every pair, with col_end too unless it is None.
+
+    `_merge` is not called: the sums of a tile are made at the new maximum at once, and only the old ones must
+    be brought there.
     """
     for j0 in range(lo, hi, BLOCK):
         j = j0 + tl.arange(0, BLOCK)                                # (J,) the keys of this tile
         keys = _load(k, j, M, D, MASKED)                            # (J, D)
-        s = tl.dot(q, tl.trans(keys), input_precision="tf32x3")     # (T, J) scores, not yet scaled
+        s = tl.dot(q, tl.trans(keys), input_precision="tf32x3")     # (I, J) scores, not yet scaled
         if MASKED:
             seen = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
-            if COLUMNS:
+            if col_end is not None:
                 seen = seen & (i[:, None] < tl.load(col_end + j, mask=j < M, other=0)[None, :])
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # (T,) the maximum never falls
-        # a query that has seen no key yet has m_new = -inf, and -inf - -inf is nan: shift by 0, and p =
-        # 2^-inf = 0
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # (T,)
-        p = tl.exp2(s * scale - shift[:, None])                   # (T, J) weights relative to the new maximum
-        # the old sums are relative to the old maximum; at the new one each of their terms is 2^(m - m_new) as
-        # large
-        old = tl.exp2(m - shift)                                    # (T,) at most 1
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # (I,) the maximum never falls
+        # a query that has seen no key has m_new = -inf, and -inf - -inf is nan: shift by 0, so p = 2^-inf = 0
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # (I,)
+        p = tl.exp2(s * scale - shift[:, None])                     # (I, J) relative to the new maximum
+        old = tl.exp2(m - shift)                                    # (I,) at most 1: the old sums shrink so
         values = _load(v, j, M, D, MASKED)                          # (J, D)
         # p is rounded to the dtype of v, because the tensor cores want two factors of one dtype: an error of
         # at most 2^-9 of each weight in bf16. u sums p as it was before
         w = w * old[:, None]
-        w = tl.dot(p.to(values.dtype), values, w, input_precision="tf32x3")     # (T, D): w + p v
-        u = u * old + tl.sum(p, 1)                                  # (T,)
+        w = tl.dot(p.to(values.dtype), values, w, input_precision="tf32x3")     # (I, D): w + p v
+        u = u * old + tl.sum(p, 1)                                  # (I,)
         m = m_new
     return m, u, w
 
 
 @kernel
 def _attention_forward(q, k, v, o, lse, row_start, row_end, col_end, bounds, N, M, scale,
-                       GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program for each tile of queries of each head: output (T, D), log-sum-exp (T,) for the backward."""
-    tiles = tl.cdiv(N, BLOCK_M)
+                       GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program for each tile of queries of each head: output (I, D), log-sum-exp (I,) for the backward."""
+    tiles = tl.cdiv(N, BLOCK_Q)
     z = (tl.program_id(0) // tiles).to(tl.int64)        # which of the B H matrices; z N D may exceed 32 bits
     tile = tiles - 1 - tl.program_id(0) % tiles         # causal: the last rows see most, so they start first
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)          # (T,)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)          # (I,)
     start = tl.load(row_start + i, mask=i < N, other=0)
-    end = tl.load(row_end + i, mask=i < N, other=0)    # rows from N on have start = end = 0: they see nothing
-    queries = _load(q + z * N * D, i, N, D, True)       # (T, D)
+    end = tl.load(row_end + i, mask=i < N, other=0)     # rows from N on: start = end = 0, they see nothing
+    queries = _load(q + z * N * D, i, N, D, True)       # (I, D)
     keys, values = k + z // GROUP * M * D, v + z // GROUP * M * D     # GROUP query heads in a row share these
     # 1. the summary of no keys
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    u = tl.zeros([BLOCK_M], tl.float32)
-    w = tl.zeros([BLOCK_M, D], tl.float32)
+    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    u = tl.zeros([BLOCK_Q], tl.float32)
+    w = tl.zeros([BLOCK_Q, D], tl.float32)
     # 2. the three runs of `Mask.tiles`: partly seen, whole, partly seen
     for run in tl.static_range(3):
         lo, hi = tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1)
-        m, u, w = _fold(m, u, w, queries, keys, values, i, start, end, col_end, lo, hi, M, scale, D, BLOCK_N,
-                        MASKED=run != 1, COLUMNS=True)
+        m, u, w = _fold(m, u, w, queries, keys, values, i, start, end, col_end, lo, hi, M, scale, D, BLOCK_K,
+                        MASKED=run != 1)
     # 3. finish; a query that saw no key has u = 0 and gives 0
     _store(o + z * N * D, w / tl.where(u == 0, 1.0, u)[:, None], i, N, D)
     tl.store(lse + z * N + i, m + tl.log2(u), mask=i < N)               # in base 2, as the backward wants it
 
 
-# The backward pass. The forward keeps o, and for each query one number, lse_i = log sum_j e^(s_ij). From it
-# every weight comes back, tile by tile: p_ij = e^(s_ij - lse_i), the finished softmax, without looking for a
-# maximum. Given do = dL/do, go through the forward from its end (FlashAttention-2, Algorithm 2):
+# The backward pass. The forward keeps o, and for each query one number, lse_i = log sum_j e^(s_ij) (in the
+# kernels log2 sum_j 2^(..), as all is in base 2). From it every weight comes back, tile by tile: p_ij =
+# e^(s_ij - lse_i), the finished softmax, without looking for a maximum. Write dx for dL/dx, and go through
+# the forward from its end, where do is given (FlashAttention-2, Algorithm 2):
 #
 #     o = p v              dv = p^T do                     a value receives what it was weighted with
 #                          dp = do v^T                     dp_ij = do_i . v_j
 #     p = softmax(s)       ds_ij = p_ij (dp_ij - delta_i)  delta_i = sum_j p_ij dp_ij
 #     s = scale q k^T      dq = scale ds k,  dk = scale ds^T q
 #
-# The third line: raising s_ij takes weight from all other keys in proportion, dp_ik / ds_ij = p_ik ([j = k] -
+# The third line: raising s_ij takes weight from all other keys in proportion, ∂p_ik/∂s_ij = p_ik ([j = k] -
 # p_ij), so a key gains only if its dp is above the average, delta_i. That seems to need all keys before the
 # first can be used, but sum_j p_ij (do_i . v_j) = do_i . (sum_j p_ij v_j) = do_i . o_i, the product of two
-# rows at hand. Two keys with equal scores, values 1 and 3, do = 1: p = .5 .5, o = 2, dp = 1 3, delta = 2, ds
-# = -.5 +.5.
+# rows at hand. Two keys with equal scores, values 1 and 3, do = 1: p = .5 .5, o = 2, dp = 1 3, delta = 2,
+# ds = -.5 +.5.
 #
 # Two kernels, because dq sums over keys, and dk and dv over queries: each program owns the rows that it sums,
-# and nobody adds to memory that others write. p is computed twice; the result never depends on who comes
-# first.
+# nobody adds to memory that others write, and the result never depends on who comes first. The price: p is
+# computed twice.
 
 
 @kernel
 def _attention_dq(q, k, v, do, dq, lse, delta, row_start, row_end, col_end, bounds, N, M, scale,
-                  GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program for each tile of queries of each head: dq (T, D)."""
-    tiles = tl.cdiv(N, BLOCK_M)
+                  GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program for each tile of queries of each head: dq (I, D)."""
+    tiles = tl.cdiv(N, BLOCK_Q)
     z = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tiles - 1 - tl.program_id(0) % tiles
-    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)                      # (T,)
-    start = tl.load(row_start + i, mask=i < N, other=0)[:, None]    # (T, 1), to be compared with (1, J)
+    i = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)                      # (I,)
+    start = tl.load(row_start + i, mask=i < N, other=0)[:, None]    # (I, 1), to be compared with (1, J)
     end = tl.load(row_end + i, mask=i < N, other=0)[:, None]
-    queries = _load(q + z * N * D, i, N, D, True)                   # (T, D)
-    grads = _load(do + z * N * D, i, N, D, True)                    # (T, D)
-    row_lse = tl.load(lse + z * N + i, mask=i < N, other=0.0)       # (T,)
-    row_delta = tl.load(delta + z * N + i, mask=i < N, other=0.0)   # (T,)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    queries = _load(q + z * N * D, i, N, D, True)                   # (I, D)
+    grads = _load(do + z * N * D, i, N, D, True)                    # (I, D)
+    row_lse = tl.load(lse + z * N + i, mask=i < N, other=0.0)       # (I,)
+    row_delta = tl.load(delta + z * N + i, mask=i < N, other=0.0)   # (I,)
+    acc = tl.zeros([BLOCK_Q, D], tl.float32)
     for run in tl.static_range(3):
-        for j0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_N):
-            j = j0 + tl.arange(0, BLOCK_N)                          # (J,)
+        for j0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_K):
+            j = j0 + tl.arange(0, BLOCK_K)                          # (J,)
             keys = _load(k + z // GROUP * M * D, j, M, D, run != 1)             # (J, D)
             values = _load(v + z // GROUP * M * D, j, M, D, run != 1)           # (J, D)
-            s = tl.dot(queries, tl.trans(keys), input_precision="tf32x3")       # (T, J)
-            p = tl.exp2(s * scale - row_lse[:, None])                           # (T, J)
+            s = tl.dot(queries, tl.trans(keys), input_precision="tf32x3")       # (I, J)
+            p = tl.exp2(s * scale - row_lse[:, None])                           # (I, J)
             if run != 1:
                 col = tl.load(col_end + j, mask=j < M, other=0)[None, :]
                 p = tl.where((start <= j[None, :]) & (j[None, :] < end) & (i[:, None] < col), p, 0.0)
-            dp = tl.dot(grads, tl.trans(values), input_precision="tf32x3")      # (T, J)
-            ds = p * (dp - row_delta[:, None])                                  # (T, J)
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")            # (T, D)
-    _store(dq + z * N * D, acc * (scale * 0.6931471805599453), i, N, D)   # ln 2 takes the log2 e out of scale
+            dp = tl.dot(grads, tl.trans(values), input_precision="tf32x3")      # (I, J)
+            ds = p * (dp - row_delta[:, None])                                  # (I, J)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")            # (I, D)
+    _store(dq + z * N * D, acc * (scale * 0.6931471805599453), i, N, D)     # scale holds log2 e: times log 2
 
 
 @kernel
 def _attention_dkv(q, k, v, do, dk, dv, lse, delta, row_start, row_end, col_end, bounds, N, M, scale,
-                   GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                   GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """A program for each tile of keys of each key head: dk, dv (J, D), over the queries of GROUP heads."""
-    tiles = tl.cdiv(M, BLOCK_N)
+    tiles = tl.cdiv(M, BLOCK_K)
     z = (tl.program_id(0) // tiles).to(tl.int64)                    # which of the B Hkv matrices
     tile = tl.program_id(0) % tiles                           # the first keys are seen most: start them first
-    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)                      # (J,)
+    j = tile * BLOCK_K + tl.arange(0, BLOCK_K)                      # (J,)
     keys = _load(k + z * M * D, j, M, D, True)                      # (J, D)
     values = _load(v + z * M * D, j, M, D, True)                    # (J, D)
     col = tl.load(col_end + j, mask=j < M, other=0)[:, None]        # (J, 1): here tiles are (keys, queries)
-    acc_k = tl.zeros([BLOCK_N, D], tl.float32)
-    acc_v = tl.zeros([BLOCK_N, D], tl.float32)
+    acc_k = tl.zeros([BLOCK_K, D], tl.float32)
+    acc_v = tl.zeros([BLOCK_K, D], tl.float32)
     for head in range(z * GROUP, z * GROUP + GROUP):
         for run in tl.static_range(3):
-            for i0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_M):
-                i = i0 + tl.arange(0, BLOCK_M)                      # (T,)
-                queries = _load(q + head * N * D, i, N, D, run != 1)            # (T, D)
-                grads = _load(do + head * N * D, i, N, D, run != 1)             # (T, D)
+            for i0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_Q):
+                i = i0 + tl.arange(0, BLOCK_Q)                      # (I,)
+                queries = _load(q + head * N * D, i, N, D, run != 1)            # (I, D)
+                grads = _load(do + head * N * D, i, N, D, run != 1)             # (I, D)
                 row_lse = tl.load(lse + head * N + i, mask=i < N, other=0.0)
                 row_delta = tl.load(delta + head * N + i, mask=i < N, other=0.0)
-                s = tl.dot(keys, tl.trans(queries), input_precision="tf32x3")   # (J, T)
-                p = tl.exp2(s * scale - row_lse[None, :])                       # (J, T)
+                s = tl.dot(keys, tl.trans(queries), input_precision="tf32x3")   # (J, I)
+                p = tl.exp2(s * scale - row_lse[None, :])                       # (J, I)
                 if run != 1:
                     start = tl.load(row_start + i, mask=i < N, other=0)[None, :]
                     end = tl.load(row_end + i, mask=i < N, other=0)[None, :]
                     p = tl.where((start <= j[:, None]) & (j[:, None] < end) & (i[None, :] < col), p, 0.0)
                 acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision="tf32x3")       # (J, D)
-                dp = tl.dot(values, tl.trans(grads), input_precision="tf32x3")  # (J, T)
-                ds = p * (dp - row_delta[None, :])                              # (J, T)
+                dp = tl.dot(values, tl.trans(grads), input_precision="tf32x3")  # (J, I)
+                ds = p * (dp - row_delta[None, :])                              # (J, I)
                 acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision="tf32x3")  # (J, D)
     _store(dk + z * M * D, acc_k * (scale * 0.6931471805599453), j, M, D)
     _store(dv + z * M * D, acc_v, j, M, D)
 
 
-# BLOCK_M, BLOCK_N, warps, stages for 16-bit inputs. A program is run by that many warps, of 32 threads each,
-# which share its tiles; stages is how many loads run ahead of the arithmetic, each of which keeps a tile in
-# the shared memory of the processor. "large" GPUs have 227 KB of that: sm_90 (H100), sm_100 (B200); "small"
-# ones at least 99 KB: all others, sm_120 (RTX 50) among them. Chosen by what the compiler reports (no
-# registers spilled into memory), never timed.
+# BLOCK_Q, BLOCK_K, warps, stages for 16-bit inputs. A program is run by that many warps, of 32 threads each;
+# stages is how many loads run ahead of the arithmetic, each with a tile of its own in the shared memory of
+# the processor. "large" GPUs have 227 KB of that: sm_90 (H100), sm_100 (B200); "small" ones, all others, at
+# least 99 KB. Chosen by what the compiler reports (no registers spilled into memory), never timed.
 TILES = {  # large, D <= 64   large, D <= 128  small, D <= 64   small, D <= 128
     "forward": [(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
     "dq": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
@@ -549,18 +550,18 @@ def _tiles(name, q):
     major = _capability(q)[0]
     if major == 0:
         return 64, 32, 4, 1
-    if q.dtype == torch.float32:                            # three products for one, registers twice as wide
+    if q.dtype == torch.float32:                            # three products for one, numbers twice as wide
         return 32, 32, 8, 2
     return TILES[name][(0 if major in (9, 10) else 2) + (0 if q.shape[-1] <= 64 else 1)]
 
 
 def _launch_attention(function, name, q, k, v, *tensors, mask, scale):
     (B, H, N, D), (Hkv, M) = q.shape, k.shape[1:3]
-    block_m, block_n, warps, stages = _tiles(name, q)
-    programs = B * Hkv * -(-M // block_n) if name == "dkv" else B * H * -(-N // block_m)
-    lists = mask.for_kernel(q.device, block_m, block_n, name == "dkv")
+    block_q, block_k, warps, stages = _tiles(name, q)
+    programs = B * Hkv * -(-M // block_k) if name == "dkv" else B * H * -(-N // block_q)
+    lists = mask.for_kernel(q.device, block_q, block_k, name == "dkv")
     _launch(q, function, programs, q, k, v, *tensors, *lists, N, M, scale * LOG2_E, GROUP=H // Hkv, D=D,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages)
+            BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
 
 
 class _Attention(torch.autograd.Function):
@@ -573,12 +574,11 @@ class _Attention(torch.autograd.Function):
         _launch_attention(_attention_forward, "forward", q, k, v, o, lse, mask=mask, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.how = {"mask": mask, "scale": scale}
-        ctx.mark_non_differentiable(lse)
-        return o, lse
+        return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable          # a second derivative is an error, not silently zero
-    def backward(ctx, do, _):
+    def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
         do = do.contiguous()                                # after a .sum() it is one number, repeated
         delta = (do.float() * o.float()).sum(-1)            # (B, H, N)
@@ -588,13 +588,12 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
-def attention(q, k, v, mask=None, scale=None, return_lse=False):
+def attention(q, k, v, mask=None, scale=None):
     """Masked attention with gradients: q (B, H, N, D), k and v (B, Hkv, M, D) -> (B, H, N, D). Hkv divides H.
 
-    mask: a Mask, or None for all. scale: D^-0.5 unless given. A query that sees no key gives 0. return_lse:
-    also the log-sum-exp of the scores (B, H, N), float32 without gradient. Under autocast the inputs are cast
-    to its dtype. Kernels: float32, bf16, fp16; D <= 128, padded with zeros to a power of two; q, k, v are
-    copied unless they are contiguous; a head holds fewer than 2^31 numbers; no second derivatives.
+    mask: a Mask, or None for all. scale: D^-0.5 unless given. A query that sees no key gives 0. Autocast
+    casts the inputs to its dtype. Kernels: float32, bf16, fp16; D <= 128, padded with zeros to a power of
+    two; q, k, v are copied unless contiguous; a head holds fewer than 2^31 numbers; no second derivatives.
 
     >>> x = torch.randn(1, 2, 5, 16)
     >>> torch.allclose(attention(x, x, x, causal(5))[:, :, 0], x[:, :, 0])    # token 0 sees only itself
@@ -610,14 +609,9 @@ def attention(q, k, v, mask=None, scale=None, return_lse=False):
     _check(isinstance(mask, Mask), "attention: mask must come from causal(), scales(), ..., or be None")
     _check(mask.shape == (N, M), f"attention: mask {mask.name} is {mask.shape}, the scores are {(N, M)}")
     with torch.autocast(device, enabled=False):
-        if path(q).name == "triton":
-            out, lse = _Attention.apply(*_for_kernel("attention", q, k, v), mask, scale)
-            out, lse = out[..., :D].to(q.dtype), lse * LN_2
-        elif return_lse:
-            out, lse = attention_reference(q, k, v, mask, scale)
-        else:
+        if path(q).name == "reference":
             return _attention_torch(q, k, v, mask, scale)
-    return (out, lse.detach().float()) if return_lse else out
+        return _Attention.apply(*_for_kernel("attention", q, k, v), mask, scale)[..., :D].to(q.dtype)
 
 
 def _check_attention(op, q, k, v, scale):
@@ -679,9 +673,8 @@ def _decode_chunks(q, k, v, part_o, part_lse, lengths, R, S, rows, chunks, scale
                    CAUSAL: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """A program for each chunk of keys of each key head: output and log-sum-exp for all queries of the head.
 
-    The queries of the H / Hkv heads that share a key head lie one after the other, R tokens each: rows = R H
-    / Hkv, and row x is token x % R. Together they fill a tile of ROWS >= rows; the tensor cores take 16 at
-    least anyway.
+    The queries of the H / Hkv heads that share a key head lie one after the other, R tokens each: rows =
+    R H / Hkv, row x is token x % R. They fill a tile of ROWS >= rows, since tl.dot takes 16 at least anyway.
     """
     z = (tl.program_id(0) // chunks).to(tl.int64)       # which of the B Hkv matrices; HEADS = Hkv
     chunk = tl.program_id(0) % chunks
@@ -695,46 +688,28 @@ def _decode_chunks(q, k, v, part_o, part_lse, lengths, R, S, rows, chunks, scale
     m = tl.full([ROWS], float("-inf"), tl.float32)
     u = tl.zeros([ROWS], tl.float32)
     w = tl.zeros([ROWS, D], tl.float32)
-    # no column ends here: `lengths` stands in for that list, unread
-    m, u, w = _fold(m, u, w, queries, k + z * S * D, v + z * S * D, x, x * 0, end, lengths, lo, hi, length,
-                    scale, D, BLOCK, MASKED=True, COLUMNS=False)
+    m, u, w = _fold(m, u, w, queries, k + z * S * D, v + z * S * D, x, x * 0, end, None, lo, hi, length,
+                    scale, D, BLOCK, MASKED=True)
     part = tl.program_id(0).to(tl.int64) * rows         # part_lse (B Hkv, chunks, rows), part_o (.., rows, D)
     _store(part_o + part * D, w / tl.where(u == 0, 1.0, u)[:, None], x, rows, D)
-    tl.store(part_lse + part + x, m + tl.log2(u), mask=x < rows)
+    tl.store(part_lse + part + x, (m + tl.log2(u)) * 0.6931471805599453, mask=x < rows)     # in base e again
 
 
-@kernel
-def _decode_merge(part_o, part_lse, o, rows, chunks, D: tl.constexpr, BLOCK: tl.constexpr):
-    """A program for each query: merge its chunks. A finished chunk is a summary too: m = lse, u = 1, w = o.
-
-    All at once instead of two by two: the order does not matter, and so nothing waits for a chain of merges.
-    """
-    query = tl.program_id(0).to(tl.int64)               # row x of matrix z
-    z, x = query // rows, query % rows
-    c, d = tl.arange(0, BLOCK), tl.arange(0, D)
-    at = (z * chunks + c) * rows + x                # (BLOCK,) where each chunk left the summary of this query
-    lse = tl.load(part_lse + at, mask=c < chunks, other=float("-inf"))                          # (BLOCK,)
-    outputs = tl.load(part_o + at[:, None] * D + d[None, :], mask=c[:, None] < chunks, other=0.0)
-    top = tl.max(lse, 0)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))                            # (BLOCK,)
-    u = tl.sum(weight, 0)                                                                       # one number
-    w = tl.sum(weight[:, None] * outputs, 0)                                                    # (D,)
-    tl.store(o + query * D + d, w / tl.where(u == 0, 1.0, u))
-
-
-def _decode_triton(q, k, v, length, scale, causal):
+def _decode_triton(q, k, v, lengths, scale, causal):
     (B, H, R, D), (Hkv, S) = q.shape, k.shape[1:3]
     rows = R * H // Hkv
     block, stages = (16, 2) if q.dtype == torch.float32 else (64, 3)    # keys of a tile
-    chunks = min(64, -(-S // 256))              # of 256 keys, in longer caches longer: all fit one tile later
+    chunks = min(64, -(-S // 256))              # of 256 keys, or 64 longer ones, which fill a GPU
     part_o = torch.empty(B * Hkv, chunks, rows, D, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(B * Hkv, chunks, rows, dtype=torch.float32, device=q.device)
-    o = torch.empty_like(q)
-    _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, length, R, S, rows, chunks,
+    _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, lengths, R, S, rows, chunks,
             scale * LOG2_E, HEADS=Hkv, CAUSAL=causal, D=D, ROWS=_power_of_two(rows), BLOCK=block,
             num_warps=4 if rows <= 16 else 8, num_stages=stages)
-    _launch(q, _decode_merge, B * H * R, part_o, part_lse, o, rows, chunks, D=D, BLOCK=_power_of_two(chunks))
-    return o
+    # A finished chunk is like one key with score lse and value o: its summary is m = lse, u = 1, w = o. So
+    # `summarize` merges the chunks of a query all at once; one that saw no key weighs e^-inf = 0
+    scores = part_lse.transpose(1, 2)[..., None, :]                     # (B Hkv, rows, 1, chunks)
+    values = part_o.transpose(1, 2)                                     # (B Hkv, rows, chunks, D)
+    return finish(summarize(scores, values))[0].view(q.shape)
 
 
 _causal = causal                                        # which the argument `causal` hides below
@@ -746,8 +721,11 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     length: how many tokens the cache holds, *the R new ones included*; an int, or (B,) integers. The new
     tokens are the last R of them: query r sees the keys j < length - (R - 1 - r), or with causal=False all
     (the tokens of one scale see one another). No mask is needed: what a new token sees is a prefix of the
-    cache, one number. Kernel: as `attention`, R H / Hkv <= 64; a cache that is not contiguous, or whose D is
-    not 16, 32, 64 or 128, is copied at every call; a length above S counts as S.
+    cache, one number. An int above S is an error; a tensor is not looked at (the CPU would have to wait for
+    the GPU), and the kernel reads S places then.
+
+    Kernel: no gradient, so train with `attention`; dtypes and D as there; R H / Hkv <= 64. A cache that is
+    not contiguous, or whose D is not 16, 32, 64 or 128, is copied at every call.
     """
     op, S = "decode_attention", k_cache.shape[2]
     if torch.is_autocast_enabled(q.device.type):
@@ -759,13 +737,14 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     else:
         length = torch.as_tensor(length, device=q.device)
         _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
-    if path(q).name == "triton":
-        rows = R * H // k_cache.shape[1]
-        _check(rows <= 64, f"{op}: {rows} queries a key head > 64; use attention(mask=causal({R}, length))")
-        length = torch.as_tensor(length, dtype=torch.int32, device=q.device).expand(B).contiguous()
-        tensors = _for_kernel(op, q, k_cache, v_cache)
-        return _decode_triton(*tensors, length, scale, causal)[..., :D].to(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
+        if path(q).name == "triton":
+            rows = R * H // k_cache.shape[1]
+            hint = f"use attention(mask=causal({R}, length))"
+            _check(rows <= 64, f"{op}: {rows} queries a key head > 64; {hint}")
+            lengths = torch.as_tensor(length, dtype=torch.int32, device=q.device).expand(B).contiguous()
+            tensors = _for_kernel(op, q, k_cache, v_cache)
+            return _decode_triton(*tensors, lengths, scale, causal)[..., :D].to(q.dtype)
         if not isinstance(length, int):
             seen = _seen_by_new(q, k_cache, length, causal)
             k, v = _share_heads(q, k_cache), _share_heads(q, v_cache)
@@ -812,10 +791,10 @@ def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK: t
     """A program for each row of scores: scan a chunk of BLOCK keys, merge it with all before, go on.
 
     m0, u0, w0: the summary of what came earlier; m1, u1, w1: of everything. The scan of a triple wants three
-    tiles of one shape, so m and u are repeated along D. Triton 3.0 is said to have miscompiled such scans.
+    tiles of one shape, so m and u are repeated along D.
     """
     row, d = tl.program_id(0).to(tl.int64), tl.arange(0, D)
-    m = tl.load(m0 + row) * 1.4426950408889634 + d * 0.0            # (D,) equal numbers, in base 2
+    m = tl.load(m0 + row) * 1.4426950408889634 + d * 0.0            # (D,): + d * 0.0 repeats it; in base 2
     u = tl.load(u0 + row) + d * 0.0                                 # (D,)
     w = tl.load(w0 + row * D + d)                                   # (D,)
     one = tl.full([BLOCK, D], 1.0, tl.float32)
@@ -826,8 +805,8 @@ def _scan_prefixes(s, v, o, m0, u0, w0, m1, u1, w1, N, D: tl.constexpr, BLOCK: t
         pm, pu, pw = tl.associative_scan((score[:, None] * one, one, value), 0, _merge)
         pm, pu, pw = _merge(m[None, :], u[None, :], w[None, :], pm, pu, pw)     # (BLOCK, D): of keys 0 .. j
         _store(o + row * N * D, pw / tl.where(pu == 0, 1.0, pu), j, N, D)
-        last = (j == j0 + BLOCK - 1)[:, None]                  # keys from N on weigh nothing: the last row is
-        m = tl.sum(tl.where(last, pm, 0.0), 0)                      # the summary after this chunk
+        last = (j == j0 + BLOCK - 1)[:, None]           # the summary so far; keys from N on add nothing
+        m = tl.sum(tl.where(last, pm, 0.0), 0)
         u = tl.sum(tl.where(last, pu, 0.0), 0)
         w = tl.sum(tl.where(last, pw, 0.0), 0)
     tl.store(m1 + row, tl.max(m, 0) * 0.6931471805599453)        # one of the D equal numbers, in base e again
@@ -842,8 +821,11 @@ def scan_attention(s, v, state=None, return_state=False):
     gives it back. A sequence fed in pieces, or token by token in constant memory, gives the same outputs as
     fed whole. Where a gradient is asked for, the torch path runs also on a GPU. Kernel: D <= 128, in float32.
 
+    >>> s, v = torch.randn(2, 9), torch.randn(2, 9, 3)
     >>> out, state = scan_attention(s[:, :7], v[:, :7], return_state=True)
-    >>> rest = scan_attention(s[:, 7:], v[:, 7:], state)            # == scan_attention(s, v)[:, 7:]
+    >>> rest = scan_attention(s[:, 7:], v[:, 7:], state)
+    >>> torch.allclose(rest, scan_attention(s, v)[:, 7:], atol=1e-6)
+    True
     """
     shapes = f"s {tuple(s.shape)} and v {tuple(v.shape)}"
     _check(s.shape == v.shape[:-1] and s.numel() > 0, f"scan_attention: {shapes} must be (.., N), (.., N, D)")
@@ -892,7 +874,11 @@ def truncate(logits, top_k=0, top_p=1.0):
 def sample_reference(logits, temperature, top_k, top_p, noise):
     """Divide, truncate, race: token j arrives at the time noise_j / p_j, where noise_j is a unit exponential.
 
-    The first to arrive is j with probability p_j exactly. So a draw is an argmax, and p need not sum to one.
+    So it arrives later than t with probability e^(-p_j t), and is the first with probability
+
+        integral over t >= 0 of  p_j e^(-p_j t)  prod_{i != j} e^(-p_i t)  =  p_j / sum_i p_i.
+
+    A draw is an argmax, and p need not sum to one.
     """
     logits = truncate(logits.float() / temperature, top_k, top_p)
     p = (logits - logits.amax(-1, keepdim=True)).exp()      # (.., V), 1 for the likeliest
@@ -910,8 +896,8 @@ def _keep_likeliest(p, weight, need):
         t in  0 .. 24: try 12, 50 + 20 + 15 = 85 is enough        t in 15 .. 17: try 16, 70 is too little
         t in 12 .. 24: try 18, 50 + 20 = 70 is too little         t = 15: the three likeliest stay
 
-    Weight 1 and need k is top-k. Floats >= 0 are ordered like their bits read as an integer, so floats are
-    halved as integers (bitcast), and 31 rounds find any of the 2^31.
+    Weight 1 and need k is top-k. Floats >= 0 are ordered like their bits read as an integer (bitcast): 0.25,
+    0.5, 0.75, 1 are 3E800000, 3F000000, 3F400000, 3F800000. So 31 rounds find t among all 2^31 of them.
     """
     lo, hi = 0, tl.max(p, 0).to(tl.int32, bitcast=True)
     for _ in range(31):
@@ -942,8 +928,7 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
 
     temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`.
     One on the CPU gives the same noise on every device, for the price of a copy; one on the GPU saves the
-    copy. Kernel: in float32, probabilities that round to one float32 are tied; V <= 32768, what registers
-    hold.
+    copy. Kernel: V <= 32768, what registers hold; probabilities that round to one float32 are tied.
     """
     V = logits.shape[-1]
     _check(temperature >= 0, f"sample: temperature {temperature} must not be negative")
@@ -971,7 +956,12 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
 
 
 def verify_reference(p_target, p_draft, drafts, uniforms, noise):
-    """Algorithm 1 of arXiv:2211.17192 for B chains of g drafted tokens at once; shapes as in `verify`."""
+    """Algorithm 1 of arXiv:2211.17192 for B chains of g drafted tokens at once; shapes as in `verify`.
+
+    Why x comes out with probability p(x): it is drafted and stays with q(x) min(1, p(x)/q(x)) = min(p, q)(x);
+    a draft is refused with 1 - sum min(p, q) = sum max(p - q, 0), and then x is drawn with max(p - q, 0)(x)
+    over that same sum. Together min(p, q)(x) + max(p - q, 0)(x) = p(x).
+    """
     g = drafts.shape[1]
     p = p_target[:, :g].gather(-1, drafts[..., None]).squeeze(-1)       # (B, g) p of each drafted token
     q = p_draft.gather(-1, drafts[..., None]).squeeze(-1)               # (B, g)
@@ -992,7 +982,7 @@ def _verify(p, q, drafts, uniforms, noise, tokens, accepted, gamma, V, GAMMA: tl
             BLOCK: tl.constexpr):
     """A program for each chain of gamma drafted tokens, which lie in a tile of GAMMA >= gamma."""
     row = tl.program_id(0).to(tl.int64)
-    p, q = p + row * (gamma + 1) * V, q + row * gamma * V               # the laws of this chain
+    p, q = p + row * (gamma + 1) * V, q + row * gamma * V               # the distributions of this chain
     t = tl.arange(0, GAMMA)
     # 1. as many tokens stay as there are before the first refusal
     draft = tl.load(drafts + row * gamma + t, mask=t < gamma, other=0)  # (GAMMA,)
@@ -1023,8 +1013,8 @@ def verify(p_target, p_draft, drafts, uniforms, noise):
     """Speculative sampling of drafted chains: the tokens that come out follow p_target exactly.
 
     p_target (B, g+1, V), p_draft (B, g, V): probabilities, after temperature and truncation; drafts (B, g)
-    int64, drawn from p_draft; uniforms (B, g) in [0, 1); noise (B, V) unit exponentials. Draft t stays if u_t
-    q(d_t) is below p(d_t), so with probability min(1, p / q). After the first refusal one token is drawn from
+    int64, drawn from p_draft; uniforms u (B, g) in [0, 1); noise (B, V) unit exponentials. Draft d_t stays if
+    u_t q(d_t) < p(d_t), so with probability min(1, p / q). After the first refusal one token is drawn from
     max(p - q, 0), after none a bonus token from the last row of p. Returns tokens (B, g+1), -1 after the
     last, and n_accepted (B,). Any V, any g, also 0. A draft outside 0 .. V - 1 is an index error of torch;
     the kernel, which cannot raise one, refuses it.
@@ -1067,8 +1057,7 @@ def nearest_code(points, codebook, return_distance=False):
     points, codebook = points.detach().float(), codebook.detach().float()
     half = 0.5 * codebook.square().sum(1)                               # (K,)
     index = torch.empty(len(points), dtype=torch.long, device=points.device)
-    # 8 MB of distances at a time stay in a CPU's cache; and always in the same place, since hundreds of such
-    # blocks in turn left holes of 2.5 GB in the heap
+    # 8 MB of distances at a time stay in a CPU's cache; in one place, as new blocks left 2.5 GB of holes
     rows = max(1, 2**21 // len(codebook))
     distances = torch.empty(rows, len(codebook), device=points.device)
     with torch.autocast(points.device.type, enabled=False):             # in bf16 neighbours would swap
@@ -1087,10 +1076,8 @@ Path = namedtuple("Path", "name reason")                # name: "reference" (pla
 
 
 class use:
-    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block.
-
-    At the start "auto", or what the environment variable NANO_KERNELS says.
-    """
+    """`use("reference")` chooses the path from here on, `with use("triton"): ...` for a block. At the start
+    "auto", or what the environment variable NANO_KERNELS says."""
 
     choice = "auto"
 

@@ -65,17 +65,15 @@ def relative(ours, truth):
 
 
 def attention_error(mask, heads=(2, 2), size=16, dtype=torch.float32, scale=None, batch=2):
-    """Largest relative error of output, log-sum-exp and the three gradients against the float64 reference."""
+    """Largest relative error of the output and the three gradients against the float64 reference."""
     n, m = mask.shape
     shapes = (batch, heads[0], n, size), (batch, heads[1], m, size), (batch, heads[1], m, size)
     x = [scattered(*shape, dtype=dtype).requires_grad_() for shape in shapes]
     double = [t.detach().double().requires_grad_() for t in x]
-    ours, lse = kernels.attention(*x, mask, scale, True)
-    truth, true_lse = kernels.attention_reference(*double, mask, scale)
+    ours, truth = kernels.attention(*x, mask, scale), kernels.attention_reference(*double, mask, scale)[0]
     do = scattered(*ours.shape, dtype=dtype)
-    assert ours.dtype == dtype and lse.dtype == torch.float32 and not lse.requires_grad
-    assert torch.equal(lse.isinf(), true_lse.isinf())
-    errors = [relative(ours, truth), relative(lse.nan_to_num(neginf=0), true_lse.nan_to_num(neginf=0))]
+    assert ours.dtype == dtype
+    errors = [relative(ours, truth)]
     if n * m > 1:       # with one key dq = dk = 0, and a relative error means nothing
         pairs = zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double()))
         errors += [relative(a, b) for a, b in pairs]
@@ -143,7 +141,7 @@ def test_causal_tiles_are_those_drawn():
     by_queries, by_keys = (x[0, 0] for x in kernels.causal(8).tiles(2, 2))
     assert by_queries.tolist() == [[0, 0, 0, 2], [0, 0, 2, 4], [0, 0, 4, 6], [0, 0, 6, 8]]
     assert by_keys.tolist() == [[0, 2, 8, 8], [2, 4, 8, 8], [4, 6, 8, 8], [6, 6, 6, 8]]
-    drawn = re.findall(r"[0-7], [0-7] .*?(\d) (\d) (\d) (\d)", kernels.Mask.tiles.__doc__)
+    drawn = re.findall(r"[0-7], [0-7] .*?(\d) +(\d) +(\d) +(\d)", kernels.Mask.tiles.__doc__)
     assert [list(map(int, row)) for row in drawn] == by_queries.tolist()
 
 
@@ -157,7 +155,7 @@ def test_attention_torch_path(mask):
     assert relative(ours, truth) < 1e-6
     for a, b in zip(torch.autograd.grad(ours, x, do), torch.autograd.grad(truth, double, do.double())):
         assert relative(a, b) < 1e-6
-    assert relative(kernels.attention(*x, mask, return_lse=True)[0], truth) < 1e-6
+    assert relative(kernels.attention_reference(*x, mask)[0], truth) < 1e-6
 
 
 def test_attention_reference_against_loops_and_finite_differences():
@@ -370,11 +368,10 @@ def test_user_errors_are_one_readable_line():
 
 
 def test_docstring_examples_hold():
-    s, v = torch.randn(2, 9), torch.randn(2, 9, 3)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    for example in doctest.DocTestFinder().find(kernels, globs={**vars(kernels), "s": s, "v": v}):
+    for example in doctest.DocTestFinder().find(kernels, globs=vars(kernels)):
         runner.run(example)
-    assert runner.summarize().failed == 0 and runner.summarize().attempted >= 7
+    assert runner.summarize().failed == 0 and runner.summarize().attempted >= 13
 
 
 def test_use_and_path():
@@ -469,9 +466,9 @@ def test_expanded_gradient(triton_path):
 def test_scores_that_would_overflow(triton_path):
     """Scores up to some 500, where e^88 is the largest float32, and sums that start at one maximum and end at another."""
     q, k, v = (torch.randn(1, 2, 100, 16, device=DEVICE) for _ in range(3))
-    truth, true_lse = kernels.attention_reference(q.double(), k.double(), v.double(), kernels.causal(100), 30.0)
-    ours, lse = kernels.attention(q, k, v, kernels.causal(100), 30.0, True)
-    assert true_lse.max() > 300 and relative(ours, truth) < 100 * EXACT and relative(lse, true_lse) < EXACT
+    truth, lse = kernels.attention_reference(q.double(), k.double(), v.double(), kernels.causal(100), 30.0)
+    ours = kernels.attention(q, k, v, kernels.causal(100), 30.0)
+    assert lse.max() > 300 and relative(ours, truth) < 100 * EXACT
 
 
 @needs_kernels
@@ -662,8 +659,8 @@ def test_every_launch_compiles_and_fits_the_device(arch, shared, compiled):
     reports = compiled[arch]
     names = [r["kernel"] for r in reports]
     assert {name: names.count(name) for name in names} == {
-        "_attention_forward": 4, "_attention_dq": 4, "_attention_dkv": 4, "_decode_chunks": 2, "_decode_merge": 2,
-        "_scan_prefixes": 1, "_sample": 2, "_verify": 1}  # fmt: skip
+        "_attention_forward": 4, "_attention_dq": 4, "_attention_dkv": 4, "_decode_chunks": 2, "_scan_prefixes": 1,
+        "_sample": 2, "_verify": 1}  # fmt: skip
     for r in reports:
         assert r["shared"] <= shared, f"more shared memory than sm_{arch} has: {r}"
         if r["kernel"].startswith("_attention") or r["kernel"] == "_decode_chunks":

@@ -393,7 +393,7 @@ with put(kernels, "verify", from_p):
 #
 # ## Where to read on
 #
-# * `kernels.py`: `_decode_chunks` and `_decode_merge`, `_scan_prefixes`, `_keep_likeliest`, `_verify`: the four programs of this lesson, each beside its plain torch.
+# * `kernels.py`: `_decode_chunks`, `_scan_prefixes`, `_keep_likeliest`, `_verify`: the four programs of this lesson, each beside its plain torch.
 # * Feng et al., arXiv:2405.13956 (attention as an RNN: section 3.2 the operator, section 3.3 the learned query); the same sum as a fold: arXiv:2205.14135; as a tree: Flash-Decoding (Dao et al., 2023).
 # * Blelloch, "Prefix Sums and Their Applications" (1990): what else a scan does once an operator is associative.
 # * Leviathan et al., arXiv:2211.17192, and Chen et al., arXiv:2302.01318 (speculative sampling); FlashInfer's blog on sampling without sorting.
