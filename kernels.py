@@ -90,7 +90,7 @@ def merge(a, b):
     >>> merge(a, b)
     (tensor([0.6931]), tensor([1.5000]), tensor([[3.5000]]))
     """
-    (m1, u1, w1), (m2, u2, w2) = a, b                   # m, u (.., N) and w (.., N, D)
+    (m1, u1, w1), (m2, u2, w2) = a, b               # m, u (.., N) and w (.., N, D)
     m = torch.maximum(m1.detach(), m2.detach())     # the new shift: no gradient, as in `summarize`. Below m1
     x = torch.exp(m1 - _finite(m))                  # keeps its own: in a scan it is the score of a single key
     y = torch.exp(m2 - _finite(m))                  # x, y: what the old sums are worth at the new maximum
@@ -709,7 +709,7 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     # `summarize` merges the chunks of a query all at once; one that saw no key weighs e^-inf = 0
     scores = part_lse.transpose(1, 2)[..., None, :]                     # (B Hkv, rows, 1, chunks)
     values = part_o.transpose(1, 2)                                     # (B Hkv, rows, chunks, D)
-    return finish(summarize(scores, values))[0].view(q.shape)
+    return finish(summarize(scores, values))[0].reshape(q.shape)
 
 
 _causal = causal                                        # which the argument `causal` hides below
@@ -927,8 +927,8 @@ def sample(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None, noise=No
     """A token a row: logits (.., V) -> (..) int64 from softmax(truncate(logits / temperature, top_k, top_p)).
 
     temperature 0 is argmax. noise: (.., V) unit exponentials, for exact tests; else drawn from `generator`.
-    One on the CPU gives the same noise on every device, for the price of a copy; one on the GPU saves the
-    copy. Kernel: V <= 32768, what registers hold; probabilities that round to one float32 are tied.
+    One on the CPU gives the same noise on every device, at the price of a copy. Kernel: V <= 32768, what
+    registers hold; probabilities that round to one float32 are tied.
     """
     V = logits.shape[-1]
     _check(temperature >= 0, f"sample: temperature {temperature} must not be negative")
