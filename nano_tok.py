@@ -1,79 +1,53 @@
-"""nano_tok: turn text and images into short sequences of integers, the tokens that every other script here models.
+"""nano_tok: turn text and pictures into short sequences of integers, the tokens that the other scripts model.
 
-Text     bytes --merge the most frequent pair, again and again--> vocabulary of 256 + merges        (byte pair encoding)
+Text is cut into pieces that occur often (byte pair encoding). A picture goes through a small network that is
+trained to give it back through a bottleneck of integers:
 
-Images   32x32 image      latent z           nearest code         code vectors       image again
-         +--------+ conv  +-----------+      +-----------+        +-----------+ conv +--------+
-         |   /|   | ----> | 8x8 cells | ---> | 7 0 12 .. | -----> | 8x8 cells | ---> |   /|   |
-         |   _|_  | enc.  | C numbers |      | integers  | lookup | C numbers | dec. |   _|_  |
-         +--------+       +-----------+      +-----------+        +-----------+      +--------+
-         loss = |image - rebuilt|^2 / variance  +  0.25 |z - stop_gradient(code)|^2
-         The nearest code has no gradient: z gets the decoder's gradient at the code as it is ("straight through").
+    32 x 32 image        latents z           index             code vectors q        image again
+    +--------+ encoder  +-----------+      +-----------+      +-----------+ decoder +--------+
+    |   /|   | -------> | 8x8 cells | ---> | 7 0 12 .. | ---> | 8x8 cells | ------> |   /|   |
+    |   _|_  | convolu- | C numbers | near-| integers  | look | C numbers | convolu-|   _|_  |
+    +--------+ tions    +-----------+ est  +-----------+ up   +-----------+ tions   +--------+
+                              ^              (stored, modelled)     |
+                              +----- gradient, "straight through" --+
 
---quantizer vq    one codebook; a code is the mean of the vectors that choose it
-                  (van den Oord et al. 2017, arXiv:1711.00937, appendix A.1)
-            rvq   --depth codebooks, each codes what the ones before left over
-                  (SoundStream, Zeghidour et al. 2021, arXiv:2107.03312)
-            fsq   no codebook: every channel rounded to a few levels (Mentzer et al. 2023, arXiv:2309.15505)
-            lfq   no codebook: the signs of log2(V) channels are the index (MAGVIT-v2, Yu et al. 2023, arXiv:2310.05737)
---layout    grid  64 tokens, one per 4x4 cell
-            1d    --tokens K for the whole image: learned queries read the cells, then "mask tokens" read the codes
-                  (TiTok, Yu et al. 2024, arXiv:2406.07550); ordered by cutting off the tail in training (One-D-Piece,
-                  Miwa et al. 2025, arXiv:2501.10064), so that every prefix decodes; --no-nested: all K or nothing
---mixer dense     two dense layers in place of the queries: better pictures, sooner, but every token is about the whole
-                  picture, and a generator learns such tokens badly (queries settle on places: see codes.png)
---perturb   a decoder that has seen wrong tokens forgives a generator's mistakes (Robust Latent Matters, Qiu et al.
-            2025, arXiv:2503.08354)
---learned-codebook   the textbook codebook, trained by gradient from a small random start: watch it collapse
+    loss = |image - rebuilt|^2 / variance of the pixels  +  |z - stop_gradient(q)|^2
 
-Commands                                              two CPU cores        expect
-    python nano_tok.py                                1 minute, 0.7 GB     28.5 dB, every code in use, rFD 3.3 (floor 3.4)
-    python nano_tok.py --quantizer rvq                < 1.5 minutes        3 dB above vq for twice the tokens (MNIST)
-    python nano_tok.py --layout 1d                    < 5 minutes          22.0 dB with 16 tokens, 17.1 with the first 4 (MNIST)
-    python nano_tok.py --layout 1d --mixer dense      < 2.3 minutes        23.4 dB with 16 tokens, 17.3 with the first 4 (MNIST)
-                       --layout 1d --mixer dense --no-nested                   24.4 dB, 3 below vq for a quarter of the tokens
-    python nano_tok.py --learned-codebook             < 1.6 minutes        21 % of the codes in use, and what to do (MNIST)
-    python nano_tok.py bpe --data FILE --vocab 1024   seconds              bytes per token, tokens per word, unused entries
-    python nano_tok.py encode --input digit.png       a second             digit.tokens.json
-    python nano_tok.py decode --input out/tok/vq/digit.tokens.json         digit.png, rebuilt
-    python nano_ar.py --tokens out/tok/vq             2 minutes            a generator trained on these tokens
---check fails when the glyphs, under the default settings, come back with less than 27.5 dB or 99 % of the codes in use.
+The step from z to an integer has no gradient. So z is handed the gradient of q, as if q were z; the second
+term keeps this small lie true, by pulling z to its q. The parts of the file:
 
-A run leaves in out/tok/vq (vq-1d, vq-4, ...: after its flags) checkpoints, pictures, metrics.json, and `tokens.npz` with
-`decoder.pt2`: the token folder whose format nano_ar.py documents. Runs in folders beside it on the same data join its
-rate-distortion picture.
+    text         byte pair encoding in its plainest form
+    quantizers   vectors to integers and back, three ways behind one interface, the dict QUANTIZERS:
+                 vq    one codebook, each code the mean of the vectors that choose it (VQ-VAE)
+                 rvq   several codebooks, each codes what those before left over (SoundStream)
+                 fsq   no codebook: each number rounded to a few levels (Mentzer et al.)
+    model        the two networks. --queries K: in place of one token a cell, K tokens for the whole picture,
+                 the first ones the most important, so that every prefix decodes (TiTok, One-D-Piece)
+    training     one loop; Muon and AdamW
+    the rest     data, the health report, export to nano_ar, pictures, settings
 
-Left out on purpose: adversarial and perceptual losses (they need a pretrained network, and invented texture hides the
-quantizer's own error), two-stage recipes, the rotation trick, annealing of --perturb, a length fitted to each image, a
-codebook of its own for each 1-D token (half a dB more for 16 times the codes).
+Papers: BPE (Sennrich et al. 2016, arXiv:1508.07909). VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937).
+SoundStream (Zeghidour et al. 2021, arXiv:2107.03312). FSQ (Mentzer et al. 2023, arXiv:2309.15505). TiTok
+(Yu et al. 2024, arXiv:2406.07550). One-D-Piece (Miwa et al. 2025, arXiv:2501.10064). Left out: adversarial
+and perceptual losses. They need a second, trained network, and the texture that they invent would hide what
+the quantizer itself loses.
 
-Read in this order: `train_bpe`, `straight_through` and its neighbours, `VectorQuantizer`, `Tokenizer`, `train`.
+Letters in comments: B images in a batch; T tokens of one, 64 cells or K; C numbers in a vector (`code_dim`);
+V codes in a codebook; D codebooks (`depth`; 1 but for rvq); W channels (`width`); N any number. Blocks from
+`# --- shared: NAME` to `# --- end shared` stand word for word in other scripts too: read them once.
+
+    python nano_tok.py                      text, then images: all goes to out/tok
+    python nano_tok.py --quantizer rvq --out out/rvq             twice the tokens, more detail
+    python nano_tok.py --queries 16 --code-dim 4 --out out/1d    16 ordered tokens for the whole picture
+    python nano_tok.py --data mnist --out out/mnist              handwritten digits (downloads 11 MB once)
+    python nano_tok.py bpe --text book.txt --vocab 4096          byte pairs of your own file
+    python nano_tok.py train --resume       go on after Ctrl-C or a power cut; bit for bit on a CPU
+    python nano_tok.py --preset gpu         a wider, deeper model, for one small GPU
 """
-
-import argparse
-import collections
-import contextlib
-import copy
-import ctypes
-import dataclasses
-import gzip
-import hashlib
-import heapq
-import io
-import itertools
-import json
-import math
-import os
-import pathlib
-import re
-import shutil
-import signal
-import sys
-import threading
-import time
-import urllib.request
-import zipfile
-import zlib
+import argparse, functools, gzip, hashlib, itertools, json, math
+import os, pathlib, re, sys, time, urllib.request
+from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -83,795 +57,257 @@ import tqdm
 
 import kernels
 
-# ---------------------------------------------------------------------------------------------------------------------
-# config
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: config
-class UserError(ValueError):
-    """Something the user can fix: the command line shows it as one line and exits with code 2."""
-
-
-def opt(default, help, low=None, high=None, choices=None, fixed=False):
-    """A field of Config and a flag. `fixed`: belongs to the checkpoint and cannot change on resume."""
-    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, fixed=fixed))
+# ----- text: byte pair encoding -----------------------------------------------------------------------------
+# Tokens 0..255 are the bytes, so that any file can be written; merge number i makes token 256 + i. A merge
+# stays inside a chunk: a run of letters, of digits, or of other signs, each with the one space before it; or
+# white space. Without chunks the frequent "e t" and "s, a" would become tokens, and "dog", "dog.", "dog!"
+# would share none. Bytes from 128 on (every letter outside ASCII, in UTF-8) count as letters.
+CHUNKS = rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse would print the usage first; one line is enough
-        raise UserError(f"{message} (--help lists all flags)")
+def merge(ids, pair, new):
+    """Replace `pair` in a list of tokens, from the left: [1, 2, 3, 1, 2], (1, 2), 4 -> [4, 3, 4]."""
+    out = []
+    for i in ids:
+        if out and (out[-1], i) == pair:
+            out[-1] = new                               # it is no byte, so `aaa` gives aa, a: no overlap
+        else:
+            out.append(i)
+    return out
 
 
-def parse_config(cls, argv, parts, presets, description):
-    """Command line -> (part, config). `--preset` changes the defaults; a flag that is given wins over the preset."""
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    explained = "; ".join(f"{name}: {text}" for name, text in parts.items())
-    parser.add_argument("part", nargs="?", help=explained + "; without it: everything")
-    flags = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(cls)}
-    for field in dataclasses.fields(cls):
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {
-            "type": field.type, "choices": field.metadata["choices"]}
-        parser.add_argument(flags[field.name], default=field.default, help=field.metadata["help"] + " [%(default)s]", **kind)
-    parser.set_defaults(**presets[parser.parse_known_args(argv)[0].preset])
-    args = vars(parser.parse_args(argv))
-    part = args.pop("part") or "all"
-    if part not in ("all", *parts):
-        raise UserError(f"there is no part {part!r}, only {', '.join(parts)} (--help explains)")
-    for field in dataclasses.fields(cls):
-        low, high, value = field.metadata["low"], field.metadata["high"], args[field.name]
-        if (low is not None and not value >= low) or (high is not None and not value <= high):  # "not >=": NaN fails too
-            raise UserError(f"{flags[field.name]} must lie between {low} and {'inf' if high is None else high}, got {value}")
-    return part, cls(**args)
+def train_bpe(text, vocab):
+    """bytes -> merges, a list of pairs: as often as asked, the pair that now occurs most becomes a token.
 
+    Of equally frequent pairs the smallest. Each different chunk is kept once, with its number of occurrences:
+    "the" may stand a thousand times in a text, it is merged once. Pairs are counted once, and then only the
+    chunks that hold the merged pair are counted again. It ends early when no pair occurs twice.
 
-def adopt(config, saved, where, preset):
-    """Take the `fixed` fields from a checkpoint's config; a flag that asks for something else is an error."""
-    changes = {}
-    for field in dataclasses.fields(config):
-        if field.metadata["fixed"] and field.name in saved:
-            asked, default = getattr(config, field.name), preset.get(field.name, field.default)
-            changes[field.name] = kept = saved[field.name]
-            if asked not in (default, kept):
-                raise UserError(f"{where} was made with --{field.name.replace('_', '-')} {kept}, this run asks for {asked}: "
-                                "drop the flag, or choose another --out")
-    return dataclasses.replace(config, **changes)
-
-
-def cli(main):
-    """Run main() as a program. Exit 0; 2 and one line for a UserError; 130 after Ctrl-C or SIGTERM."""
-    name = pathlib.Path(sys.argv[0]).stem
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        main()
-    except UserError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"{name}: stopped. {stop}", file=sys.stderr)
-        return 130
-    return 0
-# --- end shared
-
-@dataclasses.dataclass
-class Config:
-    # what and where
-    data: str = opt("", "images: glyphs, mnist, fashion-mnist, or a path (IDX file, .npz, folder of class folders); "
-                    "bpe: pydoc, shakespeare, or a UTF-8 file; default glyphs and pydoc", fixed=True)
-    out: str = opt("", "folder of the run; default out/tok/vq, vq-1d, vq-4, ... after the tokenizer")
-    preset: str = opt("cpu", "cpu: a minute on two cores; gpu: a wider model, a longer run", choices=("cpu", "gpu"))
-    seed: int = opt(0, "seed of the data, the model and the training", low=0, fixed=True)
-    device: str = opt("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = opt("auto", "of the matrix products in training; auto: bf16 where the hardware is fast at it",
-                         choices=("auto", "fp32", "bf16"))
-    compile: bool = opt(False, "torch.compile the training step: a slow start, then faster steps; needs a C++ compiler")
-    resume: bool = opt(False, "go on from OUT/last.pt exactly where it stopped")
-    check: bool = opt(False, "exit with code 1 when the metrics miss the band of the docstring")
-    # tokens of an image
-    quantizer: str = opt("vq", "how vectors become integers", choices=("vq", "rvq", "fsq", "lfq"), fixed=True)
-    layout: str = opt("grid", "grid: a token per 4x4 cell; 1d: ordered, for the whole image", choices=("grid", "1d"), fixed=True)
-    codebook: int = opt(256, "codes in a codebook; lfq: a power of two; fsq: see --levels", low=2, high=16384, fixed=True)
-    code_dim: int = opt(0, "vq, rvq: numbers in a code vector; 0: 8 on the grid, 4 for 1d", low=0, fixed=True)
-    depth: int = opt(2, "rvq: codebooks, that is, tokens per cell", low=1, high=16, fixed=True)
-    levels: str = opt("8,6,5", "fsq: levels of each channel; their product is the number of codes", fixed=True)
-    tokens: int = opt(16, "1d: tokens per image", low=1, high=256, fixed=True)
-    mixer: str = opt("queries", "1d: from cells to tokens and back. queries: attention, as in TiTok; dense: two dense layers",
-                     choices=("queries", "dense"), fixed=True)
-    nested: bool = opt(True, "1d: cut off the tail of some images' tokens in training, so that every prefix decodes", fixed=True)
-    learned_codebook: bool = opt(False, "vq, rvq: codes trained by gradient: they collapse", fixed=True)
-    cosine: bool = opt(False, "vq: vectors and codes of length 1, so that only the direction is coded", fixed=True)
-    perturb: float = opt(0.0, "share of training images with disturbed tokens", low=0, high=1, fixed=True)
-    # model and training
-    width: int = opt(64, "channels of the convolutions", low=8, fixed=True)
-    blocks: int = opt(1, "residual blocks in the encoder and in the decoder", low=1, fixed=True)
-    steps: int = opt(1000, "optimizer steps", low=1, fixed=True)
-    batch: int = opt(128, "images per step", low=1, fixed=True)
-    lr: float = opt(0.02, "learning rate of Muon, for the kernels and matrices inside the blocks", low=0, fixed=True)
-    lr_adam: float = opt(0.01, "learning rate of AdamW, for all else", low=0, fixed=True)
-    commitment: float = opt(0.25, "weight of the loss that pulls vectors to their codes", low=0, fixed=True)
-    eval_every: int = opt(200, "steps between validations and checkpoints", low=1, fixed=True)
-    samples: int = opt(2000, "images for the Frechet distance", low=10)
-    input: str = opt("", "encode: an image file; decode: a .tokens.json that encode wrote")
-    # text
-    vocab: int = opt(1024, "bpe: entries of the vocabulary, 256 bytes included", low=256, high=1 << 17)
-    split: str = opt("words", "bpe: words: merges stay inside a word; none: they cross spaces", choices=("words", "none"))
-    bytes: bool = opt(False, "bpe: take the file as raw bytes, not as UTF-8 text")
-
-
-PARTS = {"train": "only train", "eval": "report, pictures and token folder of a trained model",
-         "encode": "an image file to tokens", "decode": "tokens to an image file", "bpe": "byte pair encoding of text"}
-PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, lr=0.01, lr_adam=0.002, eval_every=1000, samples=10000)}
-BAND = {"glyphs": dict(usage=0.99, rpsnr=27.5)}  # what --check asks for, with the default settings
-
-
-# --- shared: device
-def pick_device(name, precision="auto"):
-    """-> (device, dtype of the matrix products, the reason in words). bf16 only where the hardware multiplies it fast."""
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = next(k for k in ("cuda", "mps", "cpu") if has[k]) if name == "auto" else name
-    if not has[kind]:
-        raise UserError(f"--device {name}: this torch sees no such device; use --device cpu or auto")
-    units = [u for u in ("amx_bf16", "avx512_bf16") if kind == "cpu" and torch.cpu.get_capabilities().get(u)]
-    if kind == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
-        units = [torch.cuda.get_device_name()]
-    bf16 = bool(units) if precision == "auto" else precision == "bf16"
-    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32, (
-        f"{kind} ({units[0] if units else 'no fast bf16'}), matrices in {'bf16' if bf16 else 'fp32'}")
-
-
-def keep_freed_memory():
-    """Large freed blocks go back to the kernel, and each step pays to map them again: tell glibc to keep them (a fifth faster)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # not glibc
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 29)  # M_MMAP_THRESHOLD 32 MB, M_TRIM_THRESHOLD 512 MB
-
-
-def peak_memory_mb(device):
-    """Peak memory in MB: of the GPU where there is one, else of this process (nan on Windows, which does not say)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-# --- end shared
-
-# --- shared: progress
-class Progress:
-    """A tqdm bar on a terminal; in a pipe or a log file one line per tenth of the work."""
-
-    def __init__(self, total, what, start=0):
-        self.total, self.what, self.done, self.start, self.began = total, what, start, start, time.time()
-        self.bar = tqdm.tqdm(total=total, initial=start, desc=what, leave=False, disable=not sys.stderr.isatty())
-
-    def update(self, n=1, **values):
-        """Advance by n; `values` (numbers) are shown beside the bar."""
-        shown = {name: f"{value:.4g}" for name, value in values.items()}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update(n)
-        self.done += n
-        if self.bar.disable and self.done * 10 // self.total > (self.done - n) * 10 // self.total:
-            rate = (self.done - self.start) / max(time.time() - self.began, 1e-9)
-            words = "  ".join(f"{name} {value}" for name, value in shown.items())
-            left = (self.total - self.done) / rate
-            print(f"{self.what} {self.done}/{self.total}  {words}  {rate:.3g}/s, {left:.0f} s left", flush=True)
-        if self.done >= self.total:
-            self.bar.close()
-# --- end shared
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data: images
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: fetch
-def find_file(name, url, checksum):
-    """Path of a named data file: in $NANO_DATA, else in data/, else downloaded there once, verified and only then renamed.
-
-    `checksum` reads "sha256:..." or "md5:...": the publisher's own where there is one.
+    >>> train_bpe(b"aaabdaaabac", 258)    # aa becomes 256; of ab and (256, a), two each, ab is smaller
+    [(97, 97), (97, 98)]
     """
-    for folder in filter(None, (os.environ.get("NANO_DATA"), "data")):
-        for path in (pathlib.Path(folder, name), pathlib.Path(folder, name.removesuffix(".gz"))):
-            if path.exists():
-                return path
-    path = pathlib.Path("data", name)
-    part, kind = path.with_name(path.name + ".part"), checksum.split(":")[0]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:  # raises on any status but 2xx
-            shutil.copyfileobj(reply, out)
-        if f"{kind}:{hashlib.new(kind, part.read_bytes()).hexdigest()}" != checksum:
-            raise OSError(f"its {kind} is not {checksum}")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot download {url} ({error}): put {name} into data/ or into the folder that $NANO_DATA names; "
-                        "the built-in data need no download") from None
-    return path
-# --- end shared
+    occurs = Counter(re.findall(CHUNKS, text))
+    chunks, weight = [list(chunk) for chunk in occurs], list(occurs.values())
+    counts, where = Counter(), defaultdict(set)         # pair -> how often, pair -> in which chunks
 
-# --- shared: images
+    def count(c, sign):
+        """Add all pairs of chunk c to the counts (sign 1), or take them out (-1)."""
+        for pair in zip(chunks[c], chunks[c][1:]):
+            counts[pair] += sign * weight[c]
+            where[pair].add(c)                          # a chunk that loses the pair stays: harmless
 
-
-@dataclasses.dataclass
-class Images:
-    """Grey images uint8 (N, 32, 32) with class labels int64 (N,), in a training and a test part."""
-    name: str
-    train: torch.Tensor
-    train_labels: torch.Tensor
-    test: torch.Tensor
-    test_labels: torch.Tensor
-
-    @property
-    def classes(self):
-        return int(max(self.train_labels.max(), self.test_labels.max())) + 1
-
-
-GLYPH_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
-               "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSansMono-BoldOblique", "DejaVuSerif", "DejaVuSerif-Bold",
-               "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic",
-               "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmtt10")  # matplotlib ships them: the same on every machine
-GLYPH_STROKES = (0, 1, 2, 3)  # extra outline in 96ths of the picture
-
-
-def glyph_masters(size=96):
-    """Every digit in every font and stroke weight, drawn once by Pillow -> float (10, fonts * strokes, size, size) in [0, 1]."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-    folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), int(size * 0.68)) for name in GLYPH_FONTS]
-    masters = np.zeros((10, len(fonts), len(GLYPH_STROKES), size, size), np.float32)
-    for digit in range(10):
-        for i, font in enumerate(fonts):
-            for j, stroke in enumerate(GLYPH_STROKES):
-                picture = Image.new("L", (size, size))
-                ImageDraw.Draw(picture).text((size / 2, size / 2), str(digit), 255, font, anchor="mm", stroke_width=stroke)
-                masters[digit, i, j] = np.asarray(picture) / 255
-    return torch.from_numpy(masters).flatten(1, 2)
-
-
-def glyphs(n, seed, masters=None):
-    """n digits under random affine maps, in random font, weight and contrast -> uint8 (n, 32, 32), labels (n,). Fixed by seed."""
-    masters = glyph_masters() if masters is None else masters
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=g)
-    chosen = torch.randint(masters.shape[1], (n,), generator=g)
-    u = lambda low, high: torch.rand(n, generator=g) * (high - low) + low
-    angle, shear, contrast = u(-0.2, 0.2), u(-0.2, 0.2), u(0.8, 1.0)
-    size, stretch = u(0.72, 1.0), u(0.85, 1.15)
-    # rows of the 2 x 3 map from output to input coordinates: rotation, shear, scale, shift (all in units of half a picture)
-    theta = torch.stack([torch.stack([stretch * size * angle.cos(), size * (shear - angle.sin()), u(-0.1, 0.1)], 1),
-                         torch.stack([stretch * size * angle.sin(), size * angle.cos(), u(-0.1, 0.1)], 1)], 1)
-    images = torch.empty(n, 32, 32, dtype=torch.uint8)
-    for i in range(0, n, 1024):  # in chunks: the 64 x 64 samples before averaging take 16 KB an image
-        part = slice(i, i + 1024)
-        grid = F.affine_grid(theta[part], (len(theta[part]), 1, 64, 64), align_corners=False)
-        fine = F.grid_sample(masters[labels[part], chosen[part]][:, None], grid, align_corners=False)
-        images[part] = (F.avg_pool2d(fine, 2)[:, 0] * contrast[part, None, None] * 255).round().byte()
-    return images, labels
-
-
-def read_idx(path):
-    """An IDX file (the format of MNIST), plain or gzipped -> uint8 array of any rank."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    shape = [int.from_bytes(raw[i:i + 4], "big") for i in range(4, 4 + 4 * raw[3], 4)] if raw[:3] == b"\0\0\x08" else []
-    if not shape or len(raw) != 4 + 4 * len(shape) + math.prod(shape):
-        raise ValueError(f"not a complete IDX file of bytes (its header says {shape or 'nothing'}, it has {len(raw)} bytes)")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
-
-def read_images(path):
-    """An IDX file, an .npz with `images` and `labels`, or a folder of PNG and JPEG files, one sub-folder per class -> two arrays."""
-    if path.is_dir():
-        from PIL import Image, ImageOps
-        classes = sorted(p for p in path.iterdir() if p.is_dir())
-        kinds = (".png", ".jpg", ".jpeg")
-        files = [(p, i) for i, c in enumerate(classes) for p in sorted(c.iterdir()) if p.suffix.lower() in kinds]
-        if not files:
-            raise ValueError("no PNG or JPEG files in sub-folders, one per class")
-        images = [np.asarray(ImageOps.fit(Image.open(p).convert("L"), (32, 32))) for p, _ in files]  # cropped to a square
-        return np.stack(images), np.array([label for _, label in files])
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return file["images"], file["labels"] if "labels" in file else np.zeros(len(file["images"]), np.int64)
-    labels = path.with_name(path.name.replace("images-idx3", "labels-idx1"))
-    images = read_idx(path)
-    if labels == path or not labels.exists():
-        raise ValueError("labels are missing: a file ...-images-idx3-ubyte needs its ...-labels-idx1-ubyte beside it")
-    return images, read_idx(labels)
-
-
-def as_images(images, labels):
-    """Check, turn grey, pad to 32 x 32 -> torch uint8 (N, 32, 32), int64 (N,)."""
-    if images.ndim == 4 and images.shape[-1] == 3 and images.dtype == np.uint8:
-        images = images.mean(-1).round().astype(np.uint8)
-    if images.ndim != 3 or images.shape[1:] not in ((28, 28), (32, 32)) or images.dtype != np.uint8:
-        raise ValueError(f"images must be uint8 of shape (N, 28, 28) or (N, 32, 32), got {images.dtype} {images.shape}")
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        raise ValueError(f"need one label >= 0 per image, got {labels.dtype} {labels.shape} for {len(images)} images")
-    pad = (32 - images.shape[1]) // 2
-    return F.pad(torch.from_numpy(images.copy()), (pad,) * 4), torch.from_numpy(labels.astype(np.int64))
-
-
-IMAGE_SETS = {  # name: sub-folder (both sets use the same file names), address, MD5 of the four files
-    "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-              "d53e105ee54ea40749a09fcbcd1e9432", "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"),
-    "fashion-mnist": ("fashion-mnist/", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-                      "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
-                      "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"),
-}
-IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
-
-
-def load_images(data, seed=0):
-    """`glyphs`, a named set, or a path -> Images. A path, which has no test part of its own, is split 9:1 by seed."""
-    if data == "glyphs":
-        masters = glyph_masters()
-        return Images(data, *glyphs(20000, 2 * seed, masters), *glyphs(2000, 2 * seed + 1, masters))
-    if data in IMAGE_SETS:
-        folder, address, *sums = IMAGE_SETS[data]
-        files = [read_idx(find_file(folder + name, address + name, "md5:" + md5)) for name, md5 in zip(IDX_FILES, sums)]
-        return Images(data, *as_images(*files[:2]), *as_images(*files[2:]))
-    path = pathlib.Path(data)
-    if not path.exists():
-        raise UserError(f"--data {data}: no such file or folder, and not one of glyphs, {', '.join(IMAGE_SETS)}")
-    try:
-        images, labels = as_images(*read_images(path))
-        if len(images) < 20:
-            raise ValueError(f"{len(images)} images are too few for a 9:1 split, 20 are the least")
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"--data {data}: {error}") from None
-    order, cut = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)), len(images) * 9 // 10
-    return Images(path.name, images[order[:cut]], labels[order[:cut]], images[order[cut:]], labels[order[cut:]])
-
-
-# --- end shared
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text: byte pair encoding
-#   a token is an integer; 0..255 are the bytes, 256 + i is merge number i, special tokens come last
-# ---------------------------------------------------------------------------------------------------------------------
-
-# A chunk is a run of letters, of digits or of other signs, with the one space before it, or white space. Merges stay inside
-# a chunk. On bytes, so that any file goes through; those from 128 on (all non-ASCII UTF-8) count as letters.
-WORDS = rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
-SPLIT = {"words": WORDS, "none": rb"(?s:.+)"}
-SHAKESPEARE = ("tinyshakespeare.txt",
-               "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-               "sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-
-
-def train_bpe(text, vocab, split="words"):
-    """bytes -> list of merges (left, right); merge i makes token 256 + i of the most frequent pair.
-
-    Among equally frequent pairs the smallest wins. Each different chunk is stored once, with its number of occurrences.
-    Pairs are counted once; a merge then touches only the places where its pair stands, and changes only the counts of the
-    pairs beside them (Sennrich et al. 2016, arXiv:1508.07909, fast version). Stops early when no pair occurs twice.
-
-    >>> train_bpe(b"aaabdaaabac", 259, "none")      # aa -> 256, ab -> 257, 256 257 -> 258, as in the Wikipedia article
-    [(97, 97), (97, 98), (256, 257)]
-    """
-    ids, weight = [-1], [0]  # all chunks in one list, -1 between them
-    for chunk, times in collections.Counter(re.findall(SPLIT[split], text)).items():
-        ids += [*chunk, -1]
-        weight += [times] * (len(chunk) + 1)
-    before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids) + 1))  # linked list: a merge unlinks a place
-    counts, places = collections.Counter(), collections.defaultdict(list)
-    for i, pair in enumerate(zip(ids, ids[1:])):
-        if pair[0] >= 0 and pair[1] >= 0:
-            counts[pair] += weight[i]
-            places[pair].append(i)
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
+    for c in range(len(chunks)):
+        count(c, 1)
     merges = []
-    while heap and len(merges) < vocab - 256:
-        n, pair = heapq.heappop(heap)
-        if -n != counts[pair]:  # out of date: once its pair is made a count only falls, so looking on top is enough
-            if counts[pair] > 0:
-                heapq.heappush(heap, (-counts[pair], pair))
-            continue
-        if -n < 2:
+    while len(merges) < vocab - 256 and counts:
+        most = max(counts.values())
+        if most < 2:
             break
-        new, (left, right), made = 256 + len(merges), pair, set()
-        merges.append(pair)
-        for i in sorted(places.pop(pair)):  # from left to right: of "aaa" the first two
-            j = after[i]
-            if ids[i] != left or ids[j] != right:
-                continue  # the place has been merged into something else since
-            for pair_was, pair_is, at in (((ids[before[i]], left), (ids[before[i]], new), before[i]),
-                                          ((right, ids[after[j]]), (new, ids[after[j]]), i)):
-                if pair_was[0] >= 0 and pair_was[1] >= 0:
-                    counts[pair_was] -= weight[i]
-                    counts[pair_is] += weight[i]
-                    places[pair_is].append(at)
-                    made.add(pair_is)
-            ids[i], ids[j], after[i], before[after[j]] = new, -2, after[j], i
-        counts[pair] = 0
-        for p in made:
-            heapq.heappush(heap, (-counts[p], p))
+        best = min(pair for pair, n in counts.items() if n == most)
+        for c in where.pop(best):
+            count(c, -1)
+            chunks[c] = merge(chunks[c], best, 256 + len(merges))
+            count(c, 1)
+        del counts[best]                                # 0 by now
+        merges.append(best)
     return merges
 
 
-def apply_merges(ids, merges):
-    """int32 array of tokens, -1 between chunks -> the same after all merges, in order, each in one pass over the array.
-
-    >>> apply_merges(np.frombuffer(b"aaaab", np.uint8).astype(np.int32), [(97, 97), (256, 98)]).tolist()
-    [256, 257]
-    """
-    present = np.bincount(ids[ids >= 0], minlength=256 + len(merges)).tolist()
-    for new, (left, right) in enumerate(merges, 256):
-        if not (present[left] and present[right]):
-            continue
-        at = np.flatnonzero((ids[:-1] == left) & (ids[1:] == right))
-        if left == right and len(at) > 1:  # "aaaa" matches at 0, 1, 2: of a run of neighbours take every other
-            first = np.flatnonzero(np.diff(at, prepend=-2) > 1)
-            at = at[(np.arange(len(at)) - np.repeat(first, np.diff(first, append=len(at)))) % 2 == 0]
-        if len(at):
-            ids[at] = new
-            keep = np.ones(len(ids), bool)
-            keep[at + 1] = False
-            ids = ids[keep]
-            present[left], present[right], present[new] = present[left] - len(at), present[right] - len(at), len(at)
-    return ids
-
-
 class BPE:
-    """Text <-> tokens under a list of merges. Special tokens have ids after the merges and never arise from plain text."""
+    """Text <-> tokens, by a list of merges."""
 
-    def __init__(self, merges, split="words", special=()):
-        self.merges, self.split, self.special = [tuple(m) for m in merges], split, tuple(special)
-        self.bytes = [bytes([i]) for i in range(256)]
-        for left, right in self.merges:
+    def __init__(self, merges):
+        self.rank = {tuple(pair): i for i, pair in enumerate(merges)}
+        self.bytes = [bytes([i]) for i in range(256)]   # what each token stands for
+        for left, right in merges:
             self.bytes.append(self.bytes[left] + self.bytes[right])
-        self.bytes += [s.encode() for s in self.special]
-        self.known = {}  # chunk -> its tokens: text repeats its words
+        self.known = {}                                 # chunk -> tokens: text repeats its words
 
-    def encode(self, text, allow_special=False):
-        """str or bytes -> list of tokens. A special token in `text` is an error unless allowed: no document may end itself.
+    def encode_chunk(self, chunk):
+        """One chunk -> tokens: of the merges that fit, always the one learned first.
 
-        >>> BPE([(97, 98)]).encode("abab c")
-        [256, 256, 32, 99]
+        Not the longest token that fits: merges are applied in the order in which training made them, so that
+        a word comes out here as it did there.
         """
-        text = text.encode() if isinstance(text, str) else text
-        found = [s for s in self.special if s.encode() in text]
-        if found and not allow_special:
-            raise UserError(f"the text contains the special token {found[0]!r}: remove it, or pass allow_special=True")
-        if not found:
-            return self.encode_plain(text)
-        pieces = re.split(b"(" + b"|".join(re.escape(s.encode()) for s in self.special) + b")", text)
-        ids = {s.encode(): 256 + len(self.merges) + i for i, s in enumerate(self.special)}
-        return [t for piece in pieces for t in ([ids[piece]] if piece in ids else self.encode_plain(piece))]
+        if chunk not in self.known:
+            ids = list(chunk)
+            while pairs := [pair for pair in zip(ids, ids[1:]) if pair in self.rank]:
+                first = min(pairs, key=self.rank.get)
+                ids = merge(ids, first, 256 + self.rank[first])
+            self.known[chunk] = ids
+        return self.known[chunk]
 
-    def encode_plain(self, text):
-        chunks = re.findall(SPLIT[self.split], text)
-        if len(self.known) > 1 << 20:
-            self.known.clear()
-        new = list(set(chunks).difference(self.known))
-        if new:  # all unknown chunks at once, in one array
-            lengths = np.array([len(chunk) for chunk in new])
-            ids = np.full(lengths.sum() + len(new), -1, np.int32)
-            ends = np.cumsum(lengths + 1) - 1
-            ids[np.delete(np.arange(len(ids)), ends)] = np.frombuffer(b"".join(new), np.uint8)
-            ids = apply_merges(ids, self.merges)
-            start, flat = 0, ids.tolist()
-            for chunk, end in zip(new, np.flatnonzero(ids < 0).tolist()):
-                self.known[chunk] = flat[start:end]
-                start = end + 1
-        return list(itertools.chain.from_iterable(map(self.known.__getitem__, chunks)))
+    def encode(self, text):
+        """bytes -> list of tokens."""
+        return [token for chunk in re.findall(CHUNKS, text) for token in self.encode_chunk(chunk)]
 
     def decode(self, ids):
-        """Tokens -> bytes. One token alone need not be valid UTF-8: decode the whole, then `.decode("utf-8", "replace")`."""
-        return b"".join(map(self.bytes.__getitem__, ids))
-
-    def save(self, path):
-        state = {"format": "nano_tok bpe 1", "split": self.split, "merges": self.merges, "special": self.special}
-        pathlib.Path(path).write_text(json.dumps(state) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path):
-        try:
-            state = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-            if any(max(pair) >= 256 + i or min(pair) < 0 or len(pair) != 2 for i, pair in enumerate(state["merges"])):
-                raise ValueError("a merge uses a token that does not exist yet")
-            if state["split"] not in SPLIT:
-                raise ValueError(f"unknown split {state['split']!r}")
-            return cls(state["merges"], state["split"], state["special"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no vocabulary of nano_tok ({error}): train one with the part bpe") from None
+        """Tokens -> bytes. One may end within a letter of UTF-8: join all, and only then call .decode()."""
+        return b"".join(self.bytes[i] for i in ids)
 
 
-def load_text(data, raw):
-    """`pydoc` (the help topics inside every CPython), `shakespeare`, or a file -> bytes. UTF-8, unless `raw`."""
-    if data == "pydoc":
-        from pydoc_data.topics import topics
-        return "\n".join(topics[name] for name in sorted(topics)).encode()
-    path = find_file(*SHAKESPEARE) if data == "shakespeare" else pathlib.Path(data)
-    try:
-        text = path.read_bytes()
-        if not raw:
-            text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {data}: byte {error.start} is not UTF-8; convert the file, or add --bytes") from None
-    except OSError as error:
-        raise UserError(f"--data {data}: {error.strerror}; known names: pydoc, shakespeare") from None
-    if len(text) < 20:
-        raise UserError(f"--data {data} holds {len(text)} bytes: too few to learn merges from")
-    return text
-
-
-def bpe_report(bpe, text):
-    """-> bytes_per_token, fertility (tokens per word), unused entries, of one text"""
-    used = np.bincount(bpe.encode_plain(text), minlength=len(bpe.bytes))
-    return {"bytes_per_token": len(text) / used.sum(), "fertility": used.sum() / max(len(text.split()), 1),
-            "unused": int((used == 0).sum())}
-
-
-def run_bpe(config, out):
-    """Train on the first nine tenths of a text, report on both parts, save OUT/bpe.json -> metrics"""
-    text = load_text(config.data or "pydoc", config.bytes)
-    cut, clock = len(text) * 9 // 10, [time.perf_counter()]
-    bpe = BPE(train_bpe(text[:cut], config.vocab, config.split), config.split, special=("<|endoftext|>",))
-    clock.append(time.perf_counter())
-    assert bpe.decode(bpe.encode_plain(text)) == text
-    clock.append(time.perf_counter())
-    bpe.save(out / "bpe.json")
-    m = {"bpe_vocab": 256 + len(bpe.merges), "bpe_train_seconds": clock[1] - clock[0],
-         "bpe_encode_mb_per_second": len(text) / 1e6 / (clock[2] - clock[1]),
-         "bpe_train": bpe_report(bpe, text[:cut]), "bpe_test": bpe_report(bpe, text[cut:])}
-    if m["bpe_vocab"] < config.vocab:
-        print(f"only {m['bpe_vocab']} entries: after them no pair occurs twice in this text")
-    print(f"bpe: {len(text) / 1e6:.2f} MB, {m['bpe_vocab']} entries, split {config.split}: trained in "
-          f"{m['bpe_train_seconds']:.2f} s; encodes and decodes {m['bpe_encode_mb_per_second']:.1f} MB/s from a cold start")
-    print(f"{'':20}{'train 90 %':>12}{'test 10 %':>12}")
-    for name, words in {"bytes_per_token": "bytes per token", "fertility": "tokens per word", "unused": "unused entries"}.items():
-        print(f"{words:20}{m['bpe_train'][name]:12.4g}{m['bpe_test'][name]:12.4g}")
-    longest = sorted(bpe.bytes[:m["bpe_vocab"]], key=len, reverse=True)[:8]
-    print("longest tokens      " + "  ".join(repr(t.decode("utf-8", "replace")) for t in longest))
-    return m
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the idea: vectors to integers and back
-#   B images   T tokens of an image (64 cells, or K)   D depth (1, or the codebooks of rvq)   C code dimension   V codes
-#   z (B, T, C) latents   codes (D, V, C)   index (B, T, D) integers   q (B, T, C) = sum over depth of the chosen codes
-# ---------------------------------------------------------------------------------------------------------------------
-
-
+# ----- quantizers: vectors to integers and back -------------------------------------------------------------
 def straight_through(z, q):
-    """The value of q with the gradient of z: rounding has slope 0 almost everywhere, so pretend that it has slope 1.
+    """The value of q with the gradient of z.
 
-    >>> z = torch.tensor([0.3], requires_grad=True)
-    >>> (straight_through(z, z.round()) * 5).backward(); z.grad
-    tensor([5.])
+    A step function has slope 0 wherever it has one. Bengio et al. (2013, arXiv:1308.3432) pretend that it is
+    1. In torch: add to z a difference that counts as a constant.
     """
     return z + (q - z).detach()
 
 
-def kmeans(points, k, generator, rounds=10):
-    """Points (N, C) -> k means (k, C). Starts far apart, as k-means++ does, but draws an eighth of the starts at a time."""
-    means = points[torch.randint(len(points), (1,), generator=generator)]
-    distance = (points - means).square().sum(-1)
-    while len(means) < k:
-        fresh = points[spread(distance, min(max(k // 8, 1), k - len(means)), generator)]
-        means = torch.cat([means, fresh])
-        distance = torch.minimum(distance, kernels.nearest_code(points, fresh, return_distance=True)[1])
-    for _ in range(rounds):
-        index = kernels.nearest_code(points, means)
-        counts = torch.bincount(index, minlength=k)[:, None]
-        sums = torch.zeros_like(means).index_add_(0, index, points)
-        means = torch.where(counts > 0, sums / counts.clamp(min=1), means)
-    return means
+def spread(distance, n, rng):
+    """Draw n of N points, in proportion to their squared distance (N,) from the nearest code -> indices (n,).
 
-
-def spread(distance, n, generator):
-    """n points, drawn in proportion to their squared distance (N,) from the nearest code: where a new code helps most."""
-    weights = distance.float().cpu() + 1e-12
-    return torch.multinomial(weights, n, replacement=n > len(weights), generator=generator).to(distance.device)
+    There a new code helps most. At random it would fall where most points are, and on MNIST most cells are
+    black: fifty codes for nothing. (k-means++ draws its start so: Arthur & Vassilvitskii 2007.)
+    """
+    weights = distance.float().cpu() + 1e-12            # all zero when each point has a code of its own
+    return torch.multinomial(weights, n, replacement=n > len(weights), generator=rng).to(distance.device)
 
 
 def residual_quantize(z, codes):
-    """z (N, C), codes (D, V, C) -> index (N, D), partial sums (D, N, C): each codebook codes what those before left over.
+    """z (N, C), codes (D, V, C) -> index (N, D) and partial sums (D, N, C), the last of them what z becomes.
 
-    >>> residual_quantize(torch.tensor([[5.2]]), torch.tensor([[[0.0], [4.0]], [[0.0], [1.0]]]))   # 4, then 1
-    (tensor([[1, 1]]), tensor([[[4.]],
-    <BLANKLINE>
-            [[5.]]]))
+    Codebook d codes what those before it left over. D = 1 is plain vector quantization.
+    Example, C = 1: codebooks {0, 4} and {0, 1}, z = 5.2: 4, rest 1.2, then 1 -> index 1, 1; sums 4, 5
     """
     index, sums, q = [], [], torch.zeros_like(z)
     for codebook in codes:
-        index.append(kernels.nearest_code(z - q, codebook))
+        index.append(kernels.nearest_code(z - q, codebook))      # (N,)
         q = q + codebook[index[-1]]
         sums.append(q)
-    return torch.stack(index, -1), torch.stack(sums)
+    return torch.stack(index, dim=1), torch.stack(sums)
 
 
-def fsq_bound(z, levels):
-    """z (..., C), squashed so that rounding gives levels[c] integers in channel c (Mentzer et al. 2023, appendix A).
+class VectorQuantizer(nn.Module):
+    """vq and rvq: codes that are running means. The interface of all quantizers stands at QUANTIZERS.
 
-    An odd L gives -(L-1)/2 .. (L-1)/2; an even L gives -L/2 .. L/2 - 1, and the shift keeps z = 0 at 0.
-
-    >>> fsq_bound(torch.tensor([-99.0, 0.0, 99.0])[:, None], torch.tensor([4])).round().flatten().tolist()
-    [-2.0, 0.0, 1.0]
+    Why not train codes by gradient? A code that is nobody's nearest has none, so it never moves: most of the
+    codebook dies in the first steps (lesson 11). Means need no learning rate, and the dead are born again.
     """
-    half = (levels - 1) * (1 + 1e-3) / 2  # a hair beyond the edge: without it the shift of L = 2 would be infinite
-    offset = torch.where(levels % 2 == 0, 0.5, 0.0)
-    return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
+    def __init__(self, size, dim, depth=1, decay=0.95, restart=0.05, commitment=1.0):
+        super().__init__()
+        self.size, self.dim, self.depth = size, dim, depth
+        self.decay, self.restart, self.commitment = decay, restart, commitment
+        self.codes = nn.Buffer(torch.zeros(depth, size, dim))   # buffers: saved with the model, not trained
+        self.count = nn.Buffer(torch.zeros(depth, size))        # vectors of each code, averaged over steps
+        self.total = nn.Buffer(torch.zeros(depth, size, dim))   # their sum, likewise: codes = total / count
 
-def fsq_index(digits, levels):
-    """Rounded channels (..., C) -> one integer (...): the digits of a number whose place c has base levels[c], lowest first.
+    def forward(self, z, rng=None):
+        """z (B, T, C) -> q (B, T, C), index (B, T, D), loss. In training the codes move, too."""
+        points = z.detach().flatten(0, 1)                        # (N, C), N = B T
+        if self.training and not self.count.any():
+            self.start(points, rng)
+        index, sums = residual_quantize(points, self.codes)
+        if self.training:
+            self.update(points, index, sums, rng)
+        # every partial sum is to be near z, so that each codebook does all that it can (Lee et al. 2022,
+        # arXiv:2203.01941)
+        loss = self.commitment * (z - sums.view(-1, *z.shape)).square().mean()
+        return straight_through(z, sums[-1].view_as(z)), index.view(*z.shape[:2], -1), loss
 
-    >>> fsq_index(torch.tensor([-2, 1]), torch.tensor([4, 3]))     # digits 0 and 2: 0 + 4 * 2
-    tensor(8)
-    """
-    return ((digits.long() + levels // 2) * (levels.cumprod(0) // levels)).sum(-1)
-
-
-def fsq_digits(index, levels):
-    """The inverse of `fsq_index`: (...) -> (..., C)"""
-    return index[..., None] // (levels.cumprod(0) // levels) % levels - levels // 2
-
-
-def lfq_index(z):
-    """The signs of z (..., bits) read as a binary number, lowest bit first (zero counts as negative).
-
-    >>> lfq_index(torch.tensor([0.3, -2.0, 0.1]))    # + - + : 1 + 0 + 4
-    tensor(5)
-    """
-    return ((z > 0) << torch.arange(z.shape[-1], device=z.device)).sum(-1)
-
-
-def lfq_code(index, bits):
-    """The inverse of `lfq_index`: (...) -> (..., bits) of -1 and 1"""
-    return (index[..., None] >> torch.arange(bits, device=index.device) & 1) * 2.0 - 1
-
-
-def entropies(z, codes, temperature=1.0):
-    """z (N, C), codes (V, C), p = softmax(-|z - c|^2 / temperature) -> mean entropy of p, entropy of the mean p, in nats.
-
-    lfq wants the first small (every vector decides), the second large (all codes are used): Yu et al. 2023, equation 5.
-    """
-    log_p = F.log_softmax((2 * z @ codes.T - codes.square().sum(-1)) / temperature, -1)
-    p = log_p.exp()
-    mean = p.mean(0)
-    return -(p * log_p).sum(-1).mean(), -(mean * mean.clamp(min=1e-9).log()).sum()
-
-
-def perturb(index, codes, share, generator, swap=0.5, near=0.1):
-    """In a `share` of the images every index (B, T) becomes, with probability `swap`, one of its nearest codes (RobustTok).
-
-    `near`: which part of the codes (V, C) counts as nearest. A decoder that has seen near misses forgives a generator.
-    """
-    distance = torch.cdist(codes, codes).fill_diagonal_(math.inf)
-    nearest = distance.topk(max(1, int(near * len(codes))), largest=False).indices  # (V, n)
-    draw = lambda *shape: torch.rand(*shape, generator=generator).to(index.device)
-    chosen = (draw(len(index), 1) < share) & (draw(*index.shape) < swap)
-    other = nearest[index, (draw(*index.shape) * nearest.shape[1]).long()]
-    return torch.where(chosen, other, index)
-
-
-def keep_prefix(q, keep):
-    """q (B, T, C) with all tokens from number keep[b] on zeroed: the decoder learns to do with the rest (nested dropout)."""
-    return q * (torch.arange(q.shape[1], device=q.device) < keep[:, None])[..., None]
-
-
-def usage(index, size):
-    """Integers of any shape -> share of the `size` codes that occur, perplexity exp(entropy): how many are in effective use.
-
-    >>> usage(torch.tensor([0, 0, 1, 1]), 4)
-    (0.5, 2.0)
-    """
-    counts = torch.bincount(index.flatten(), minlength=size).double()
-    p = counts / counts.sum()
-    return float((counts > 0).double().mean()), float(torch.exp(torch.special.entr(p).sum()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# model: three quantizers behind one interface, one encoder, one decoder
-#   quantizer(z, generator) -> q with the gradient of z, index, auxiliary loss;  .codes (D, V, C);  .lookup(index) -> q
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Quantizer(nn.Module):
     def lookup(self, index):
-        """index (B, T, D) -> q (B, T, C)"""
+        """index (B, T, D) -> q (B, T, C), the sum of the chosen codes. Fewer than D: the first codebooks."""
         return sum(codebook[i] for codebook, i in zip(self.codes, index.unbind(-1)))
 
-
-class VectorQuantizer(Quantizer):
-    """vq (depth 1) and rvq. A code is the running mean of the vectors that choose it; one that nobody chooses is born again.
-
-    restart: how small a share of its fair number of vectors makes a code dead. decay: memory of the means, per step.
-    """
-
-    def __init__(self, size, dim, depth=1, learned=False, cosine=False, commitment=0.25, decay=0.95, restart=0.05):
-        super().__init__()
-        self.learned, self.cosine, self.commitment = learned, cosine, commitment
-        self.decay, self.restart = decay, restart
-        codes = torch.empty(depth, size, dim).uniform_(-1 / size, 1 / size)  # customary; only a learned codebook keeps it
-        self.codes = nn.Parameter(codes) if learned else nn.Buffer(codes)
-        self.count, self.total = nn.Buffer(torch.zeros(depth, size)), nn.Buffer(torch.zeros(depth, size, dim))
-
-    def forward(self, z, generator=None):
-        z = F.normalize(z, dim=-1) if self.cosine else z
-        points = z.detach().flatten(0, 1)
-        if self.training and not self.learned and not self.count.any():
-            self.start(points, generator)
-        codes = F.normalize(self.codes, dim=-1) if self.cosine else self.codes
-        index, sums = residual_quantize(points, codes.detach())
-        if self.training and not self.learned:
-            self.update(points, index, sums, generator)
-        index = index.view(*z.shape[:2], -1)
-        loss = self.commitment * (z - sums.view(-1, *z.shape)).square().mean()
-        if self.learned:  # the codes move towards their vectors by gradient
-            loss = loss + F.mse_loss(self.lookup(index), z.detach())
-        return straight_through(z, sums[-1].view_as(z)), index, loss
-
     @torch.no_grad()
-    def start(self, points, generator):
-        """Codes = means of the first vectors, so that every code has a job from the first step."""
+    def start(self, points, rng):
+        """The first codes are vectors of the first batch, the unusual ones preferred; `update` does the rest.
+
+        (k-means on that batch would give a better codebook, but for a network that has learned nothing yet.)
+        """
         for d, codebook in enumerate(self.codes):
-            codebook.copy_(kmeans(points, len(codebook), generator))
+            unusual = (points - points.mean(0)).square().sum(-1)          # (N,)
+            codebook.copy_(points[spread(unusual, self.size, rng)])
+            # as if each had had its fair share of vectors so far: with count 1 it would pass for dead at once
+            self.count[d] = len(points) / self.size
+            self.total[d] = codebook * self.count[d, :, None]
             points = points - codebook[kernels.nearest_code(points, codebook)]
-            self.count[d], self.total[d] = 1, codebook
 
     @torch.no_grad()
-    def update(self, points, index, sums, generator):
-        """codes = sum of vectors / number of vectors, both with exponential forgetting; then restart the dead."""
+    def update(self, points, index, sums, rng):
+        """codes = mean of their vectors, old ones forgotten (VQ-VAE, appendix A.1); the dead start anew.
+
+        With n vectors in this batch choosing a code, s their sum, g = decay = 0.95 (a memory of 1 / (1 - g) =
+        20 steps):  count <- g count + (1 - g) n,  total <- g total + (1 - g) s,  code = total / count
+        """
+        fair = len(points) / self.size
         for d, codebook in enumerate(self.codes):
-            rest = points - (sums[d - 1] if d else 0)
-            number = torch.bincount(index[:, d], minlength=len(codebook)).float()
+            rest = points - sums[d - 1] if d else points         # what this codebook had to code: (N, C)
+            number = torch.bincount(index[:, d], minlength=self.size).float()
             self.count[d].lerp_(number, 1 - self.decay)
             self.total[d].lerp_(torch.zeros_like(codebook).index_add_(0, index[:, d], rest), 1 - self.decay)
-            dead = (self.count[d] < self.restart * len(points) / len(codebook)).nonzero()[:, 0]
-            if len(dead):
-                fresh = rest[spread((points - sums[d]).square().sum(-1), len(dead), generator)]
-                self.count[d, dead] = fair = len(points) / len(codebook)
-                self.total[d, dead] = fresh * fair
+            dead = (self.count[d] < self.restart * fair).nonzero()[:, 0]
+            if len(dead):                                        # to where the error is largest
+                fresh = rest[spread((points - sums[d]).square().sum(-1), len(dead), rng)]
+                self.count[d, dead], self.total[d, dead] = fair, fresh * fair
             codebook.copy_(self.total[d] / self.count[d, :, None])
-        if self.cosine:
-            self.codes.copy_(F.normalize(self.codes, dim=-1))
 
 
-class FSQ(Quantizer):
-    """Every channel rounded to a few levels. The grid is the codebook: no codes to move, none to die, no auxiliary loss."""
+class FSQ(nn.Module):
+    """Finite scalar quantization: every number of z rounded to a few levels (Mentzer et al. 2023).
+
+    All combinations of levels are the codebook: 8, 6, 5 give 240 codes of 3 numbers. Nothing to start, to
+    move or to restart, and no second loss. The price: codes stand on a grid, wherever the vectors are.
+    """
 
     def __init__(self, levels):
         super().__init__()
-        self.levels = nn.Buffer(torch.tensor(levels))
-        self.codes = nn.Buffer(self.scale(fsq_digits(torch.arange(math.prod(levels)), self.levels))[None])
+        self.size, self.dim, self.depth = math.prod(levels), len(levels), 1
+        self.levels = nn.Buffer(torch.tensor(levels))            # (C,)
+        self.place = nn.Buffer(self.levels.cumprod(0) // self.levels)  # (C,) 1, 8, 48: worth of each digit
 
-    def scale(self, digits):
-        return digits / (self.levels // 2)  # into -1 .. 1
+    def bound(self, z):
+        """Squash z so that rounding gives levels[c] integers in number c (their appendix A).
 
-    def forward(self, z, generator=None):
-        bounded = fsq_bound(3 * z, self.levels)  # z starts at about 1, the outer levels lie beyond 2
+        Odd L: -(L - 1) / 2 .. (L - 1) / 2, by (L - 1) / 2 tanh z. Even L: -L / 2 .. L / 2 - 1, by moving the
+        curve half a step down, and z by as much as keeps 0 at 0: atanh, the inverse of tanh, says how much.
+        (Their code has tan there, and a factor 1 - eps against infinities. Those come at L = 2 alone.)
+        """
+        half = (self.levels - 1) / 2
+        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
+        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+
+    def forward(self, z, rng=None):
+        """z (B, T, C) -> q in -1 .. 1 of the same shape, index (B, T, 1), loss 0."""
+        bounded = self.bound(z)
         digits = bounded.round()
-        q = straight_through(self.scale(bounded), self.scale(digits))
-        return q, fsq_index(digits, self.levels)[..., None], z.new_zeros(())
+        index = ((digits.long() + self.levels // 2) * self.place).sum(-1, keepdim=True)
+        return straight_through(bounded, digits) / (self.levels // 2), index, z.new_zeros(())
+
+    def lookup(self, index):
+        """index (B, T, 1) -> q (B, T, C): the digits of a number whose place c has the base levels[c].
+
+        Example: levels 4, 3: index 9 = 1 + 4 * 2, digits 1, 2, less half of the levels -1, 1 -> q -1/2, 1
+        """
+        return (index // self.place % self.levels - self.levels // 2) / (self.levels // 2)
 
 
-class LFQ(Quantizer):
-    """The sign of every channel; two entropies keep the vectors decided and the codes in use."""
-
-    def __init__(self, bits, commitment=0.25, entropy=0.1):
-        super().__init__()
-        self.commitment, self.entropy = commitment, entropy
-        self.codes = nn.Buffer(lfq_code(torch.arange(2**bits), bits)[None])
-
-    def forward(self, z, generator=None):
-        index = lfq_index(z)[..., None]
-        q = self.lookup(index)
-        each, overall = entropies(z.flatten(0, 1), self.codes[0])
-        return straight_through(z, q), index, self.commitment * F.mse_loss(z, q) + self.entropy * (each - overall)
+# A quantizer is a module with `size` V, `dim` C, `depth` D and two functions:
+#   quantizer(z, rng) -> q, index, loss    z (B, T, C); q (B, T, C) with the gradient of z; index (B, T, D)
+#   quantizer.lookup(index) -> q           integers below V; what the decoder is given
+# Add one of your own: QUANTIZERS["mine"] = a function of the settings; then --quantizer mine.
+QUANTIZERS = {
+    "vq": lambda config: VectorQuantizer(config.codebook, config.code_dim),
+    "rvq": lambda config: VectorQuantizer(config.codebook, config.code_dim, config.depth),
+    "fsq": lambda config: FSQ([int(number) for number in config.levels.split(",")]),
+}
 
 
+# ----- model: an encoder, a bottleneck, a decoder -----------------------------------------------------------
 def norm(x):
-    return F.layer_norm(x, x.shape[-1:])  # no gain, no bias
+    """Mean 0, variance 1 over the last axis; the next matrix can do what a learned gain would."""
+    return F.layer_norm(x, x.shape[-1:])
 
 
 class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x)))), 3x3; starts as the identity. Kernels are the matrices (out, in * 9) that Muon wants."""
+    """x + conv(relu(conv(relu(x)))) with 3 x 3 kernels: x (B, W, 8, 8), W channels -> the same shape.
+
+    The second kernel starts at 0, so the block changes nothing at first. A kernel is kept as the matrix that
+    it is, from the 9 W numbers around a cell to the W numbers of the new one: that is what Muon wants.
+    """
 
     def __init__(self, width):
         super().__init__()
@@ -879,820 +315,724 @@ class Residual(nn.Module):
         self.second = nn.Parameter(torch.zeros(width, width * 9))
 
     def forward(self, x):
-        kernel = lambda matrix: matrix.unflatten(1, (-1, 3, 3))
-        return x + F.conv2d(F.relu(F.conv2d(F.relu(x), kernel(self.first), padding=1)), kernel(self.second), padding=1)
+        x_new = x
+        for kernel in (self.first, self.second):
+            x_new = F.conv2d(F.relu(x_new), kernel.unflatten(1, (-1, 3, 3)), padding=1)
+        return x + x_new
 
 
-def matrix(inputs, outputs):
-    return nn.Linear(inputs, outputs, bias=False)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x), norm(memory)), then x + mlp(norm(x)): every query of x (B, N, C) reads the memory (B, M, C)."""
+class Reader(nn.Module):
+    """x + attention(norm(x), norm(memory)), then x + mlp(norm(x)): x (B, N, W) reads memory (B, M, W)."""
 
     def __init__(self, width):
         super().__init__()
-        self.heads = width // 16
-        self.q, self.kv, self.proj = matrix(width, width), matrix(width, 2 * width), matrix(width, width)
-        self.up, self.down = matrix(width, 4 * width), matrix(4 * width, width)
-        nn.init.zeros_(self.down.weight)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+        nn.init.zeros_(self.down.weight)                # proj not: all queries would stay alike
 
     def forward(self, x, memory):
-        heads = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, 16)
-        q, (k, v) = heads(self.q(norm(x))), map(heads, self.kv(norm(memory)).chunk(2, -1))
-        look = (norm(q) @ norm(k).mT * 0.5).softmax(-1)  # sharper than 16^-0.5: queries part sooner
-        x = x + self.proj((look.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        q = self.q(norm(x)).unflatten(2, (-1, 16)).transpose(1, 2)        # heads of 16: (B, H, N, 16)
+        kv = self.kv(norm(memory)).unflatten(2, (2, -1, 16))             # (B, M, 2, H, 16)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                  # (B, H, M, 16) each
+        # scores up to 16 * 0.5 = 8: with the usual 16^-0.5 = 0.25 queries look everywhere for long
+        y = kernels.attention(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=0.5)
+        x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
 class Queries(nn.Module):
-    """x (B, inputs, C) -> (B, outputs, C): learned queries read the inputs, and what they hold at the end is kept (TiTok).
+    """x (B, inputs, W) -> (B, outputs, W): learned queries read the inputs; what they hold then is kept.
 
-    Encoder: K queries read 64 cells -> K tokens. Decoder: 64 queries, the "mask tokens", read K tokens -> 64 cells. TiTok
-    lets inputs and queries all see one another; beside convolutions that gave the same PSNR (22.0 dB) at more work.
+    As in TiTok. In the encoder K queries read 64 cells; in the decoder 64 queries, its "mask tokens", read K
+    tokens. (TiTok lets inputs and queries see one another in every layer: more work, no gain beside
+    convolutions.)
     """
 
     def __init__(self, inputs, outputs, width, blocks):
         super().__init__()
-        self.input_places = nn.Parameter(torch.randn(inputs, width))
+        self.places = nn.Parameter(torch.randn(inputs, width))   # where an input stands: attention sees a set
         self.queries = nn.Parameter(torch.randn(outputs, width))
-        self.blocks = nn.ModuleList(Block(width) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Reader(width) for _ in range(blocks))
 
     def forward(self, x):
-        memory, x = norm(x) + self.input_places, self.queries.expand(x.shape[0], -1, -1)
+        memory = norm(x) + self.places                           # (B, inputs, W)
+        x = self.queries.expand(len(x), -1, -1)                  # the same questions for every image
         for block in self.blocks:
             x = block(x, memory)
         return norm(x)
 
 
-class Dense(nn.Module):
-    """The same by two dense layers: every output has its own weight for every input, nothing need be found by attention."""
-
-    def __init__(self, inputs, outputs, width, neck=8):
-        super().__init__()
-        self.outputs, self.narrow, self.widen = outputs, matrix(width, neck), matrix(neck, width)
-        self.first, self.second = matrix(inputs * neck, 8 * width), matrix(8 * width, outputs * neck)
-
-    def forward(self, x):
-        x = self.second(F.relu(self.first(self.narrow(x).flatten(1))))
-        return self.widen(x.unflatten(1, (self.outputs, -1)))
+def keep_prefix(q, keep):
+    """q (B, T, C), keep (B,) -> q with zeros from token number keep[b] on: what the decoder never gets."""
+    first = torch.arange(q.shape[1], device=q.device) < keep[:, None]     # (B, T)
+    return q * first[..., None]
 
 
 class Tokenizer(nn.Module):
-    """Images <-> tokens. `encode` and `decode` are the two halves; `forward` is both, for training."""
+    """Encoder, quantizer, decoder. queries: K tokens for an image; 0: one for each of its 64 cells.
 
-    def __init__(self, config):
+    The networks are small on purpose: one layer that looks at 8 x 8 pixels, a residual block that lets each
+    cell see its neighbours, and the mirror image of both. 1,024 pixels become 64 C numbers (512 at C = 8, no
+    great saving), and then 64 integers of 8 bits: the compression is in the rounding.
+    """
+
+    def __init__(self, quantizer, width=64, blocks=1, queries=0):
         super().__init__()
-        self.layout, self.disturb, self.nested, width = config.layout, config.perturb, config.nested, config.width
-        self.quantizer = make_quantizer(config)
-        self.depth, self.size, dim = self.quantizer.codes.shape
-        self.vocabulary = self.depth * self.size  # codebook d takes the integers from d V on
-        self.slots = 64 if config.layout == "grid" else config.tokens
-        self.grid = (8, 8 * self.depth) if config.layout == "grid" else (1, self.slots * self.depth)
-        self.stem = nn.Conv2d(1, width, 8, stride=4, padding=2)
-        self.encoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
-        self.gather = self.scatter = nn.Identity()
-        if config.layout == "1d":
-            mixer = lambda *sizes: Queries(*sizes, config.blocks + 1) if config.mixer == "queries" else Dense(*sizes)
-            self.gather, self.scatter = mixer(64, self.slots, width), mixer(self.slots, 64, width)
-        self.to_code, self.from_code = nn.Linear(width, dim), nn.Linear(dim, width)
-        self.decoder = nn.Sequential(*[Residual(width) for _ in range(config.blocks)])
-        self.paint = nn.ConvTranspose2d(width, 1, 8, stride=4, padding=2)  # 4x4 pixels a cell, overlapping by 2
-
-    @property
-    def device(self):
-        return self.stem.weight.device
+        self.quantizer, self.queries, self.nested = quantizer, queries, queries > 0
+        self.stem = nn.Conv2d(1, width, 8, stride=4, padding=2)  # a cell sees 8 x 8 pixels, moved by 4
+        self.encoder = nn.Sequential(*[Residual(width) for _ in range(blocks)])
+        self.gather, self.scatter = nn.Identity(), nn.Identity()
+        if queries:
+            self.gather = Queries(64, queries, width, blocks + 1)
+            self.scatter = Queries(queries, 64, width, blocks + 1)
+        # C is small: 256 points in 64 dimensions are all equally far apart, and nearest says little
+        self.to_code = nn.Linear(width, quantizer.dim)
+        self.scale = nn.BatchNorm1d(quantizer.dim * (queries or 1), affine=False)
+        self.from_code = nn.Linear(quantizer.dim, width)
+        self.decoder = nn.Sequential(*[Residual(width) for _ in range(blocks)])
+        self.paint = nn.ConvTranspose2d(width, 1, 8, stride=4, padding=2)  # patches of 8 x 8 that overlap
 
     def latents(self, images):
-        """float (B, 32, 32) -> z (B, T, C)"""
-        cells = norm(self.encoder(self.stem(images[:, None])).flatten(2).mT)
-        return self.to_code(self.gather(cells)).float()
+        """float (B, 32, 32) in 0 .. 1 -> z (B, T, C), each number of mean 0 and variance 1 over a batch.
 
-    def paint_codes(self, q):
-        """q (B, T, C) -> images float (B, 32, 32), not yet clamped"""
-        cells = self.scatter(self.from_code(q))
+        Why fix it: FSQ's levels lie at fixed places, and a commitment to codes 0.1 away is another loss than
+        one to codes 10 away. With queries each token has means of its own, K C in all: else each
+        settles in its own region of the codebook, and of 256 codes it could use but a few.
+        """
+        cells = norm(self.encoder(self.stem(images[:, None])).flatten(2).mT)  # (B, W, 8, 8) to (B, 64, W)
+        z = self.to_code(self.gather(cells)).float()                          # (B, T, C)
+        return self.scale(z.reshape(-1, self.scale.num_features)).view_as(z)  # as (B 64, C), or (B, K C)
+
+    def rebuild(self, q):
+        """q (B, T, C) -> float images (B, 32, 32), not yet limited to 0 .. 1"""
+        cells = self.scatter(self.from_code(q))                  # (B, 64, W)
         return self.paint(F.relu(self.decoder(cells.mT.unflatten(2, (8, 8)))))[:, 0].float()
 
-    def forward(self, images, generator):
-        """float (B, 32, 32) -> rebuilt images, index (B, T, D), auxiliary loss"""
+    def forward(self, images, rng):
+        """Training: float (B, 32, 32) -> rebuilt images, index (B, T, D), the quantizer's loss.
+
+        Nested dropout (Rippel et al. 2014, arXiv:1402.0915) orders the K tokens. A quarter of the images keep
+        a random number of their first tokens; token 1 is always there, so it must say what matters most.
+        (One-D-Piece draws one length for a whole batch; a length for each image is less noisy.)
+        """
         z = self.latents(images)
-        with torch.autocast(images.device.type, enabled=False):
-            q, index, loss = self.quantizer(z, generator)
-            if self.disturb:
-                q = straight_through(q, self.quantizer.lookup(self.swap(index, self.disturb, generator)))
-        if self.layout == "1d" and self.nested:  # three images in four keep all tokens, the others 1 .. T of them
-            keep = torch.randint(1, 4 * self.slots + 1, (len(q),), generator=generator).clamp(max=self.slots)
+        with torch.autocast(images.device.type, enabled=False):  # distances between codes need all 32 bits
+            q, index, loss = self.quantizer(z, rng)
+        if self.nested:
+            keep = torch.randint(1, 4 * self.queries + 1, (len(q),), generator=rng).clamp(max=self.queries)
             q = keep_prefix(q, keep.to(q.device))
-        return self.paint_codes(q), index, loss
-
-    @torch.no_grad()
-    def encode(self, images):
-        """float (B, 32, 32) in [0, 1] -> tokens (B, T * D); the D codes of a slot stand side by side"""
-        index = self.quantizer(self.latents(images))[1]
-        return (index + torch.arange(self.depth, device=index.device) * self.size).flatten(1)
-
-    def index(self, tokens):
-        """tokens (B, T * D) -> index (B, T, D)"""
-        return tokens.unflatten(1, (self.slots, self.depth)) % self.size
-
-    def swap(self, index, share, generator, **how):
-        """`perturb` in every codebook: index (B, T, D) -> the same shape"""
-        codebooks = self.quantizer.codes.detach().to(index.device)
-        return torch.stack([perturb(index[..., d], codes, share, generator, **how) for d, codes in enumerate(codebooks)], -1)
-
-    def decode(self, tokens, keep=None):
-        """tokens (B, T * D) -> images (B, 32, 32) in [0, 1]. keep: use only so many tokens (1d) or codebooks (rvq)."""
-        index = self.index(tokens)
-        q = self.quantizer.lookup(index if self.layout == "1d" else index[..., :keep])
-        if keep is not None and self.layout == "1d":
-            q = keep_prefix(q, torch.full((len(q),), keep, device=q.device))
-        return self.paint_codes(q).clamp(0, 1)
+        return self.rebuild(q), index, loss
 
 
-def make_quantizer(config):
-    if config.quantizer == "fsq":
-        return FSQ([int(level) for level in config.levels.split(",")])
-    if config.quantizer == "lfq":
-        return LFQ(config.codebook.bit_length() - 1, config.commitment)
-    dim = config.code_dim or (8 if config.layout == "grid" else 4)
-    depth = config.depth if config.quantizer == "rvq" else 1
-    return VectorQuantizer(config.codebook, dim, depth, config.learned_codebook, config.cosine, config.commitment)
+@torch.no_grad()
+def encode(images, model):
+    """uint8 images (N, 32, 32) -> tokens (N, T D), on the CPU. Codebook d has the integers from d V on."""
+    quantizer, tokens, device = model.quantizer, [], model.stem.weight.device
+    for part in images.split(500):
+        index = quantizer(model.latents(part.to(device) / 255))[1]                     # (500, T, D)
+        # 3 in the first codebook and 3 in the second mean different things, so they are different tokens
+        first = quantizer.size * torch.arange(quantizer.depth, device=device)          # 0, V, 2 V, ...
+        tokens.append((index + first).flatten(1).cpu())
+    return torch.cat(tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: metrics
-
-
-class Judge(nn.Module):
-    """A small classifier, trained on the train split; its 64 penultimate features are the space of the Fréchet distance."""
-
-    def __init__(self, classes):
-        super().__init__()
-        conv = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        self.body = nn.Sequential(conv(1, 16), conv(16, 32), conv(32, 64), nn.Flatten(), nn.Linear(64 * 16, 64), nn.ReLU())
-        self.head = nn.Linear(64, classes)
-
-    def forward(self, images):
-        """images float (N, 32, 32) in [0, 1] -> features (N, 64), logits (N, classes)"""
-        features = self.body(images[:, None])
-        return features, self.head(features)
+@torch.no_grad()
+def decode(tokens, model, keep=None):
+    """tokens (N, T D) -> uint8 images (N, 32, 32), on the CPU. keep: only so many queries, or codebooks."""
+    quantizer, images, device = model.quantizer, [], model.stem.weight.device
+    for part in tokens.split(500):
+        index = part.to(device).unflatten(1, (-1, quantizer.depth)) % quantizer.size  # (500, T, D)
+        q = quantizer.lookup(index if model.queries else index[..., :keep])
+        if model.queries and keep:
+            q = keep_prefix(q, torch.full((len(q),), keep, device=device))
+        images.append((model.rebuild(q).clamp(0, 1) * 255).round().byte().cpu())
+    return torch.cat(images)
 
 
-def train_judge(images, labels, classes, device, seed, epochs=4):
-    """Fit the Judge to uint8 images (N, 32, 32) with random shifts of up to 2 pixels. Seconds on a CPU."""
-    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
-        torch.manual_seed(seed)
-        judge = Judge(classes).to(device).train()
-        steps = max(epochs * len(images) // 128, 50)
-        optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-        bar = Progress(steps, "classifier")
-        for _ in range(steps):
-            pick = torch.randint(len(images), (min(128, len(images)),))
-            batch = torch.roll(images[pick], tuple(torch.randint(-2, 3, (2,)).tolist()), (1, 2)).to(device).float() / 255
-            loss = F.cross_entropy(judge(batch)[1], labels[pick].to(device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+# ----- training ---------------------------------------------------------------------------------------------
+def train(config, model, data, dtype=torch.float32, path=None, state=None):
+    """Fit the model to data.train_images -> history, a list of {step, error, rpsnr, usage, perplexity}.
+
+    The loss is that of this file's docstring: what the picture lost, and what keeps z near q; no labels.
+    Encoder and decoder learn by gradient, the codes of vq and rvq by their own rule.
+
+    error: mean of |image - rebuilt|^2 / variance since the last report; the others on the test images, which
+    choose nothing: the learning rate falls to 0, and the last step is the model. dtype: of matrix products.
+    path: where the state is kept; None: nowhere. state: what an earlier call has kept, to go on from there.
+    """
+    device, optimizers = model.stem.weight.device, make_optimizers(model, config, dtype)
+    first, history, seconds = 0, [], 0.0
+    if state:
+        first, history, seconds = state["step"], state["history"], state["seconds"]
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+    # the error of a grey image is 1 then: the commitment weighs the same on any data
+    variance = (data.train_images / 255).var().item()
+    every, losses, begun = max(1, config.steps // 5), [], time.time() - seconds
+    bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
+    for step in bar:
+        chosen = batch_at(step, len(data.train_images), config.batch, config.seed)
+        images = data.train_images[chosen].to(device) / 255
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            rebuilt, _, commitment = model(images, rng_at(config.seed, CODEBOOK, step))
+        error = F.mse_loss(rebuilt, images) / variance
+        (error + commitment).backward()
+        for optimizer, lr in zip(optimizers, (config.lr, config.lr / 2)):
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # a straight line to 0
             optimizer.step()
-            schedule.step()
-            bar.update(loss=loss.item())
-    return judge.eval()
+            optimizer.zero_grad()
+        losses.append(error.detach())
+        if (step + 1) % every == 0 or step + 1 == config.steps:
+            mean = torch.stack(losses).mean().item()
+            if not math.isfinite(mean):                 # stop before it is saved: the old state is good
+                fail(f"the loss is {mean} at step {step + 1}: lower --lr, or use --precision fp32")
+            report = health(model.eval(), data.test_images)
+            model.train()
+            bar.write(f"step {step + 1:5}   error {mean:.4f}   test {report['rpsnr']:.2f} dB, "
+                      f"{report['usage']:.0%} of the codes in use, perplexity {report['perplexity']:.0f}")
+            history, losses = history + [{"step": step + 1, "error": mean, **report}], []
+            if path:
+                save(path, {"config": vars(config), "step": step + 1, "history": history,
+                            "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+                            "seconds": time.time() - begun})
+    model.eval()
+    return history
 
 
-@torch.no_grad()
-def judged(judge, images):
-    """uint8 (N, 32, 32) -> features float64 (N, 64), predicted classes (N,), both on the CPU"""
-    device = next(judge.parameters()).device
-    parts = [judge(part.to(device).float() / 255) for part in images.split(500)]
-    return torch.cat([f for f, _ in parts]).double().cpu(), torch.cat([z for _, z in parts]).argmax(-1).cpu()
+BLOCKS = (Residual, Reader)  # modules whose parameters are all matrices, from features to features: for Muon
 
 
-def frechet_distance(a, b):
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2) of two feature sets (N, D), (M, D) (Heusel et al. 2017, eq. 6).
+def make_optimizers(model, config, dtype):
+    """Muon for the matrices inside the blocks; AdamW, at half its rate, for all else.
 
-    Biased upwards by about 1/N: compare only values with the same N and the same reference.
-
-    >>> a = torch.randn(500, 3, dtype=torch.float64)
-    >>> round(float(frechet_distance(a, a + torch.tensor([3.0, 4.0, 0.0]))), 6)   # equal covariances, means 5 apart
-    25.0
+    All else is the first and last layers, whose rows are pixels and codes, biases, places and queries. Codes
+    are in neither: they are buffers, not parameters.
     """
-    def root(m):  # of a symmetric positive matrix; rounding may leave tiny negative eigenvalues
-        values, vectors = torch.linalg.eigh(m)
-        return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
+    inside = [p for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()]
+    taken = {id(p) for p in inside}
+    outside = [p for p in model.parameters() if id(p) not in taken]
+    return [Muon(inside, config.lr, dtype=dtype),
+            torch.optim.AdamW(outside, config.lr / 2, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
-    cov_a, cov_b = torch.cov(a.mT), torch.cov(b.mT)
-    half = root(cov_a)
-    cross = torch.linalg.eigvalsh(half @ cov_b @ half).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def diversity(features, labels):
-    """Mean distance between two samples of the same class, in feature space; guidance that kills variety makes it fall."""
-    per_class = [torch.pdist(features[labels == c]).mean() for c in labels.unique() if (labels == c).sum() > 1]
-    return float(torch.stack(per_class).mean()) if per_class else float("nan")
-
-
-def image_metrics(judge, images, labels, real, real_labels):
-    """uint8 samples and the classes asked for, against real images -> gfd, class_accuracy, diversity (1: as varied as real)"""
-    (features, seen), (real_features, _) = judged(judge, images), judged(judge, real)
-    return {"gfd": frechet_distance(features, real_features), "class_accuracy": float((seen == labels).double().mean()),
-            "diversity": diversity(features, labels) / diversity(real_features, real_labels)}
-
-
-def nearest_images(images, pool):
-    """For every image (N, 32, 32) the closest of the pool (M, 32, 32) in mean squared error -> indices (N,): did we memorise?"""
-    return kernels.nearest_code(images.flatten(1).float(), pool.flatten(1).float())
-
-
-# --- end shared
-
-def to_float(images, device):
-    return images.to(device).float() / 255
-
-
-@torch.no_grad()
-def tokenize(model, images):
-    """uint8 (N, 32, 32) -> tokens int64 (N, L), on the CPU"""
-    return torch.cat([model.encode(to_float(part, model.device)).cpu() for part in images.split(500)])
-
-
-@torch.no_grad()
-def rebuild(model, tokens, keep=None):
-    """tokens (N, L) -> uint8 (N, 32, 32), on the CPU"""
-    parts = [model.decode(part.to(model.device), keep) for part in tokens.split(500)]
-    return torch.cat([(part * 255).round().byte().cpu() for part in parts])
-
-
-def psnr(images, other):
-    """Peak signal-to-noise ratio in dB, of the error over all pixels of all images (not the mean of the images' own PSNRs).
-
-    >>> psnr(torch.tensor([0, 255], dtype=torch.uint8), torch.tensor([0, 230], dtype=torch.uint8)).__round__(2)
-    23.18
-    """
-    error = (images.float() - other.float()).square().mean() / 255**2
-    return float(-10 * torch.log10(error))
-
-
-def prefixes(model):
-    """Lengths at which prefixes are decoded: 1, 2, 4, ... K tokens (1d), 1 .. D codebooks (grid)."""
-    if model.layout == "1d" and model.depth == 1:
-        return sorted({2**i for i in range(model.slots.bit_length())} | {model.slots})
-    return list(range(1, model.depth + 1)) if model.layout == "grid" else [model.slots]
-
-
-def validate(model, images):
-    """Over all of `images`: PSNR, usage and perplexity per codebook, error of the codes relative to the latents' variance"""
-    tokens = tokenize(model, images)
-    shares, perplexities = zip(*(usage(i, model.size) for i in model.index(tokens).unbind(-1)))
-    metrics = {"rpsnr": psnr(rebuild(model, tokens), images), "usage": min(shares), "perplexity": min(perplexities),
-               "usage_per_codebook": list(shares), "perplexity_per_codebook": list(perplexities)}
-    if isinstance(model.quantizer, VectorQuantizer) and not model.quantizer.cosine:
-        with torch.no_grad():
-            z = model.latents(to_float(images[:500], model.device))
-            error = (z - model.quantizer(z)[0]).square().mean()
-        metrics["latent_error"] = float(error / z.flatten(0, 1).var(0).mean())
-    return metrics
-
-
-def codec_curve(images, kind, qualities=(1, 5, 10, 20, 35, 50, 70, 90)):
-    """JPEG or WebP of Pillow at several qualities -> list of (bits of the whole file, bits of the coded pixels alone, PSNR).
-
-    Bits are means per image. A file of a 32x32 image is mostly header; the second figure leaves out what a decoder could
-    know beforehand: in JPEG all before the scan (standard tables), in WebP the 30 bytes of container and frame header.
-    """
-    from PIL import Image
-    curve = []
-    for quality in qualities:
-        whole, inner, back = 0, 0, []
-        for image in images.numpy():
-            file = io.BytesIO()
-            Image.fromarray(image).save(file, kind, quality=quality)
-            raw = file.getvalue()
-            scan = raw.find(b"\xff\xda")
-            header = scan + 2 + int.from_bytes(raw[scan + 2:scan + 4], "big") if kind == "JPEG" else 30
-            whole, inner = whole + len(raw), inner + len(raw) - header
-            back.append(np.asarray(Image.open(file).convert("L")))
-        curve.append((8 * whole / len(images), 8 * inner / len(images), psnr(images, torch.from_numpy(np.stack(back)))))
-    return curve
-
-
-def evaluate(config, model, data, tokens, test_tokens):
-    """All numbers of the report; every one over the whole validation set."""
-    bits = model.slots * model.depth * math.log2(model.size)
-    metrics = validate(model, data.test)
-    metrics |= {"bits_per_image": bits, "tokens_per_image": math.prod(model.grid), "codebook_size": model.size}
-    judge = train_judge(data.train, data.train_labels, data.classes, model.device, config.seed)
-    some = slice(0, config.samples)
-    real = data.test[some], data.test_labels[some]
-    distance = lambda images: image_metrics(judge, images, data.train_labels[some], *real)["gfd"]
-    metrics |= {"gfd_floor": distance(data.train[some]), "rfd": distance(rebuild(model, tokens[some]))}
-    # pFD (RobustTok): the same after one token in four became a near one, as a generator's mistakes would have it
-    generator = torch.Generator().manual_seed(config.seed)
-    near = model.swap(model.index(tokens[some]), 1.0, generator, swap=0.25)
-    metrics["pfd"] = distance(rebuild(model, near.flatten(1)))
-    metrics["mean_image_psnr"] = psnr(data.test, data.train.float().mean(0).expand(len(data.test), -1, -1))
-    metrics["prefix_psnr"] = {str(n): psnr(rebuild(model, test_tokens, n), data.test) for n in prefixes(model)}
-    return metrics
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# checkpoint
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: checkpoint
-def save_checkpoint(path, state):
-    """Write `state` (tensors and plain types) so that `path` is always either the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): free some space, or choose another --out") from None
-
-
-def load_checkpoint(path):
-    """-> the saved dict, on the CPU. Nothing in the file is executed (weights_only)."""
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["config"], state["model"]
-    except Exception as error:  # torch reports a broken file by many types
-        raise UserError(f"{path} is no checkpoint of this script ({type(error).__name__}): choose another --out, or train "
-                        "again") from None
-    return state
-
-
-def make_folder(out):
-    """Create OUT before the work starts: a typing error then costs a second, not the run."""
-    path = pathlib.Path(out)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot write there ({error.strerror}); choose another folder") from None
-    return path
-
-
-def rng_state():
-    """The state of torch's global generators, as tensors that a checkpoint can hold."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_rng_state(state):
-    torch.set_rng_state(state["cpu"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-class Interrupt:
-    """`with Interrupt() as stop:` Ctrl-C and SIGTERM only set stop.asked, so that no optimizer step is cut in half."""
-
-    def __enter__(self):
-        self.asked, self.before = False, {}
-        if threading.current_thread() is threading.main_thread():  # nobody else may set signal handlers
-            self.before = {n: signal.signal(n, lambda *_: setattr(self, "asked", True)) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-# --- end shared
-
-# ---------------------------------------------------------------------------------------------------------------------
-# train
-# ---------------------------------------------------------------------------------------------------------------------
 
 # --- shared: muon
+def orthogonalize(G, dtype=torch.float32):
+    """G (m, n) -> nearly U V^T of its singular value decomposition U S V^T: all directions equally strong.
 
-
-def orthogonalize(G, rounds=5, dtype=torch.float32):
-    """G (..., m, n) -> nearly the nearest orthogonal matrix: U V^T of G = U S V^T, but with singular values of 0.7 to 1.2.
-
-    Newton-Schulz: the odd quintic a x + b x^3 + c x^5, applied to a matrix, acts on its singular values alone, and these
-    coefficients push every value in (0, 1] towards 1 in five rounds of matrix products (Jordan et al. 2024).
-
-    >>> orthogonalize(torch.diag(torch.tensor([3.0, 0.2]))).diagonal().round(decimals=1)    # 3 and 0.2 both become about 1
-    tensor([0.7000, 1.1000])
+    Newton-Schulz: (X X^T)^k X = U S^(2k+1) V^T, so an odd polynomial a x + b x^3 + c x^5 of a matrix acts on
+    its singular values alone, and takes nothing but matrix products. Five rounds of this one, whose
+    coefficients were found by search (Jordan et al. 2024), bring all values above about 0.0015 of the norm
+    |G| (root of the sum of squares) into 0.68 .. 1.20: small ones rise fast, and exactly 1 is not needed.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    X = G.mT if G.shape[-2] > G.shape[-1] else G  # X X^T on the short side
-    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # bf16 is exact enough, and faster where the hardware has it
-    for _ in range(rounds):
+    tall = G.shape[0] > G.shape[1]
+    X = G.mT if tall else G                                      # X X^T on the short side: smaller products
+    X = (X / (X.norm() + 1e-7)).to(dtype)                        # no singular value exceeds 1; G may be 0
+    for _ in range(5):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    X = X.float()
-    return X.mT if G.shape[-2] > G.shape[-1] else X
+        X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X      # a X + b (X X^T) X + c (X X^T)^2 X
+    return (X.mT if tall else X).to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: all directions of a weight matrix move at one speed, the rare ones too (Jordan et al. 2024).
+    """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
 
-    For the matrices inside the blocks only. Matrices of one shape are orthogonalised in one batched product.
+    Few directions dominate the gradient of a matrix; this moves all of them at one speed, the rare ones too.
+    Only for matrices inside the blocks. A row of an embedding or of the head belongs to one token, and most
+    rows have no gradient in a step: to equalise directions across them would move rows that saw nothing.
+    dtype is that of the products (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times
+    slower).
     """
 
-    def __init__(self, params, lr=0.02, momentum=0.95, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, momentum=momentum))
-        self.dtype = dtype  # of the products in `orthogonalize`
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape = {}
             for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in by_shape.items():
-                updates = []
-                for p in params:
-                    velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
-                    velocity.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(velocity, group["momentum"]))  # Nesterov: look one step ahead
-                updates = orthogonalize(torch.stack(updates), dtype=self.dtype)
-                scale = max(1, rows / columns) ** 0.5  # an update then changes the outputs by about lr, whatever the shape
-                for p, update in zip(params, updates):
-                    p.sub_(update, alpha=group["lr"] * scale)
-
-
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
+                ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: 0.05 g + 0.95 v
+                # U V^T keeps the length of an input; spread over more outputs than inputs, each number would
+                # move less, so tall matrices get a longer step
+                scale = max(1, p.shape[0] / p.shape[1]) ** 0.5
+                p.sub_(orthogonalize(ahead, self.dtype), alpha=group["lr"] * scale)
 # --- end shared
 
-def make_optimizers(model, config, dtype):
-    """Muon for the matrices inside the blocks, AdamW for all else; a learned codebook gets a tenth, the customary 1e-3"""
-    matrices = [p for module in model.modules() if isinstance(module, (Residual, Block, Dense)) for p in module.parameters()]
-    codes = list(model.quantizer.parameters())
-    taken = {id(p) for p in matrices + codes}
-    adam = lambda params, lr: torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizers = [Muon(matrices, lr=config.lr, dtype=dtype),
-                  adam([p for p in model.parameters() if id(p) not in taken], config.lr_adam)]
-    return optimizers + [adam(codes, config.lr_adam / 10)] if codes else optimizers
+
+# --- shared: chance
+BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: each use has its own stream
 
 
-def train(config, model, data, dtype, out):
-    """Fit the model; write last.pt and best.pt (highest validation PSNR) into `out`; -> history, a dict per validation."""
-    device, variance = model.device, float((data.train.float() / 255).var())
-    optimizers = make_optimizers(model, config, dtype)
-    base_lr = [o.param_groups[0]["lr"] for o in optimizers]
-    rng = torch.Generator().manual_seed(config.seed)  # draws images, restarts, perturbations, prefix lengths
-    at = {"step": 0, "best": -math.inf, "history": [], "seconds": 0.0}
-    if config.resume:
-        state = load_checkpoint(out / "last.pt")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        rng.set_state(state["rng"])
-        at = {name: state[name] for name in at}
-
-    def snapshot(name):
-        save_checkpoint(out / name, at | {"config": dataclasses.asdict(config), "model": model.state_dict(),
-                                          "optimizers": [o.state_dict() for o in optimizers], "rng": rng.get_state()})
-
-    forward = torch.compile(model) if config.compile else model
-    bar, began = Progress(config.steps, "train", start=at["step"]), time.time() - at["seconds"]
-    with Interrupt() as stop:
-        while at["step"] < config.steps:
-            images = to_float(data.train[torch.randint(len(data.train), (config.batch,), generator=rng)], device)
-            for optimizer, lr in zip(optimizers, base_lr):
-                optimizer.param_groups[0]["lr"] = lr * (1 - at["step"] / config.steps)  # linear decay to zero, no warm-up
-                optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                rebuilt, _, extra = forward(images, rng)
-            error = F.mse_loss(rebuilt, images) / variance  # so that the commitment weighs the same on any data
-            loss = error + extra
-            if not math.isfinite(loss.item()):
-                raise UserError(f"the loss is {loss.item()} at step {at['step']}: lower --lr; {out / 'last.pt'} has the last "
-                                "good state")
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            at["step"] += 1
-            bar.update(error=error.item(), extra=extra.item())
-            due = at["step"] % config.eval_every == 0 or at["step"] == config.steps
-            if due:
-                model.eval()
-                at["history"].append({"step": at["step"], "error": error.item()} | validate(model, data.test))
-                model.train()
-            if due or stop.asked:
-                at["seconds"] = time.time() - began
-                if due and at["history"][-1]["rpsnr"] > at["best"]:
-                    at["best"] = at["history"][-1]["rpsnr"]
-                    snapshot("best.pt")
-                snapshot("last.pt")
-            if stop.asked:
-                raise KeyboardInterrupt(f"step {at['step']} is saved; go on with the same command and --resume")
-    return at["history"]
+def rng_at(*numbers, device="cpu"):
+    """Random numbers that follow from (seed, use, step) alone: to resume, no random state must be saved."""
+    mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # a sum would mix up 1, 2 and 2, 1
+    return torch.Generator(device).manual_seed(int(mixed[0] >> 1))  # 63 bits: positive
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# export: what nano_ar reads
-# ---------------------------------------------------------------------------------------------------------------------
+def batch_at(step, N, batch, seed):
+    """Which of N images step number `step` takes -> (batch,) indices, or N where that is less.
 
-
-class Decode(nn.Module):
-    """The decoder alone, for torch.export: int64 tokens (B, L) -> float images (B, 32, 32) in [0, 1]"""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens):
-        return self.model.decode(tokens)
-
-
-def export(model, data, train_tokens, test_tokens, out):
-    """Write OUT/tokens.npz and OUT/decoder.pt2; nano_ar.py documents the format."""
-    np.savez_compressed(out / "tokens.npz", grid=np.array(model.grid), codebook_size=model.vocabulary,
-                        train_tokens=train_tokens.int(), train_images=data.train, train_labels=data.train_labels,
-                        test_tokens=test_tokens.int(), test_images=data.test, test_labels=data.test_labels)
-    decoder = Decode(copy.deepcopy(model).cpu().requires_grad_(False).eval())
-    shapes = {"tokens": {0: torch.export.Dim("batch", min=1)}}
-    program = torch.export.export(decoder, (test_tokens[:2],), dynamic_shapes=shapes)
-    torch.export.save(program, out / "decoder.pt2")
-    print(f"wrote {out / 'tokens.npz'} and {out / 'decoder.pt2'}: python nano_ar.py --tokens {out}")
-
-
-def encode_file(config, model, out):
-    """--input IMAGE -> OUT/<name>.tokens.json"""
-    from PIL import Image, ImageOps
-    path = pathlib.Path(config.input)
-    try:
-        image = np.asarray(ImageOps.fit(Image.open(path).convert("L"), (32, 32)))
-    except OSError as error:
-        raise UserError(f"--input {config.input or '(empty)'}: no readable image ({error})") from None
-    tokens = tokenize(model, torch.from_numpy(image.copy())[None])[0].tolist()
-    write_json(out / f"{path.stem}.tokens.json", {"grid": model.grid, "codebook_size": model.vocabulary, "tokens": tokens})
-    print(f"{len(tokens)} tokens: {' '.join(map(str, tokens))}\nwrote {out / f'{path.stem}.tokens.json'}")
-
-
-def decode_file(config, model, out):
-    """--input FILE.tokens.json -> OUT/FILE.png"""
-    from PIL import Image
-    path = pathlib.Path(config.input)
-    try:
-        tokens = torch.tensor(json.loads(path.read_text(encoding="utf-8"))["tokens"])
-        length, most = math.prod(model.grid), model.vocabulary - 1
-        if tokens.dtype != torch.long or tokens.shape != (length,) or not 0 <= tokens.min() <= tokens.max() <= most:
-            raise ValueError(f"need {length} integers from 0 to {most}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--input {config.input or '(empty)'}: no tokens of this tokenizer ({error})") from None
-    target = out / (path.name.removesuffix(".tokens.json") + ".png")
-    Image.fromarray(rebuild(model, tokens[None])[0].numpy()).save(target)
-    print(f"wrote {target}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# report
-# ---------------------------------------------------------------------------------------------------------------------
-
-# --- shared: figures
-def new_figure(width, height, rows=1, columns=1):
-    """A matplotlib figure that needs no screen (no pyplot, no state), and its axes as an array (rows, columns)."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save_figure(figure, path):
-    figure.savefig(path, dpi=110)
-    print(f"wrote {path}")
-
-
-def show_images(axis, images, columns, title):
-    """uint8 images (N, H, W), `columns` a row, with a thin grey line between them."""
-    grid = F.pad(images.cpu(), (0, 1, 0, 1), value=96)
-    grid = F.pad(grid, (0, 0, 0, 0, 0, -len(grid) % columns), value=96).unflatten(0, (-1, columns))
-    axis.imshow(grid.transpose(1, 2).flatten(0, 1).flatten(1), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    axis.set_title(title, fontsize=9)
-    axis.axis("off")
-# --- end shared
-
-def draw_reconstructions(model, data, test_tokens, out):
-    """reconstructions.png: originals, then what every prefix of the code shows, then where the last one errs"""
-    firsts = [(data.test_labels == c).nonzero()[:1, 0] for c in range(min(data.classes, 10))]
-    picked = torch.cat(firsts)
-    rows, labels = [data.test[picked]], ["original"]
-    for n in prefixes(model):
-        rows.append(rebuild(model, test_tokens[picked], n))
-        count = n * (model.slots if model.layout == "grid" else model.depth)
-        labels.append(f"{count} token{'s' * (count > 1)}")
-    rows.append(((rows[-1].int() - rows[0].int()).abs() * 2).clamp(max=255).byte())
-    labels.append("error x 2")
-    figure, axes = new_figure(7, 0.6 * len(rows) + 0.4)
-    show_images(axes[0, 0], torch.cat(rows), len(picked), f"{data.name}: what the tokens keep")
-    for row, label in enumerate(labels):
-        axes[0, 0].text(-2, 33 * row + 16, label, ha="right", va="center", fontsize=8)
-    save_figure(figure, out / "reconstructions.png")
-
-
-def draw_detail(model, data, test_tokens, out):
-    """detail.png: the best, a middling and the worst reconstruction, enlarged: what an average hides"""
-    rebuilt = rebuild(model, test_tokens)
-    errors = (rebuilt.float() - data.test.float()).square().mean((1, 2))
-    order = errors.argsort()
-    ranks = {"best": 0, "middle": len(order) // 2, "worst of 100": len(order) * 99 // 100, "worst": -1}
-    picked = {name: order[rank] for name, rank in ranks.items()}
-    figure, axes = new_figure(8, 6.2, 3, len(picked))
-    gray, signed = dict(cmap="gray", vmin=0, vmax=255), dict(cmap="RdBu", vmin=-128, vmax=128)
-    for column, (name, i) in enumerate(picked.items()):
-        difference = rebuilt[i].float() - data.test[i].float()
-        for row, (picture, style) in enumerate(((data.test[i], gray), (rebuilt[i], gray), (difference, signed))):
-            axes[row, column].imshow(picture, interpolation="nearest", **style)
-            axes[row, column].set_xticks([]), axes[row, column].set_yticks([])
-        axes[0, column].set_title(f"{name}: {psnr(data.test[i], rebuilt[i]):.1f} dB", fontsize=9)
-    for row, words in enumerate(("original", "rebuilt", "rebuilt - original\n(red: too dark)")):
-        axes[row, 0].set_ylabel(words, fontsize=9)
-    save_figure(figure, out / "detail.png")
-
-
-def draw_codes(model, data, history, test_tokens, out):
-    """codes.png: how often each code is used, what a code (grid) or a token (1d) stands for, and how the run went"""
-    figure, axes = new_figure(11, 3.4, 1, 3)
-    index = model.index(test_tokens)
-    counts = [torch.bincount(i.flatten(), minlength=model.size) for i in index.unbind(-1)]
-    for d, count in enumerate(counts):
-        axes[0, 0].plot(count.sort(descending=True).values / count.sum(), label=f"codebook {d + 1}")
-    axes[0, 0].axhline(1 / model.size, color="gray", ls=":", label="all alike")
-    axes[0, 0].set(yscale="log", xlabel="codes, most frequent first", ylabel="share of tokens", title="use of the codes")
-    axes[0, 0].legend(fontsize=8)
-    if model.layout == "grid":
-        show_codes(axes[0, 1], data.test, index[..., 0], counts[0])
-    else:
-        show_positions(axes[0, 1], model, test_tokens)
-    column = lambda name: [h[name] for h in history]
-    axes[0, 2].plot(column("step"), [100 * share for share in column("usage")], ".-", color="C1")
-    axes[0, 2].set(xlabel="step", ylim=(0, 105), title="test images, in the course of training")
-    axes[0, 2].set_ylabel("codes in use, %", color="C1")
-    right = axes[0, 2].twinx()
-    right.plot(column("step"), column("rpsnr"), "k.--")
-    right.set_ylabel("PSNR, dB (dashed)")
-    save_figure(figure, out / "codes.png")
-
-
-def show_codes(axis, images, index, counts):
-    """What does a code stand for? The mean of the 8x8 pixels around all cells that chose it."""
-    cells = F.unfold(F.pad(images[:, None].float(), (2, 2, 2, 2)), 8, stride=4).mT.flatten(0, 1)
-    mean = torch.zeros(len(counts), 64).index_add_(0, index.flatten(), cells) / counts[:, None].clamp(min=1)
-    mean = mean[counts.argsort(descending=True)][:256]
-    show_images(axis, mean.view(-1, 8, 8).round().byte(), 16, "mean 8x8 neighbourhood of each code, by frequency")
-
-
-def show_positions(axis, model, test_tokens):
-    """1d: the mean absolute change of the picture when one token, first to last, is swapped for that of another image"""
-    index, maps = model.index(test_tokens[:200]), []
-    whole = rebuild(model, test_tokens[:200]).float()
-    for i in range(min(model.slots, 64)):
-        mixed = index.clone()
-        mixed[:, i] = index[:, i].roll(1, 0)
-        maps.append((rebuild(model, mixed.flatten(1)).float() - whole).abs().mean(0))
-    maps = torch.stack(maps)
-    show_images(axis, (maps / maps.max() * 255).byte(), math.isqrt(len(maps)), "where each token, first to last, matters")
-
-
-def draw_rate_distortion(data, metrics, out):
-    """rate_distortion.png: PSNR against bits, beside JPEG, WebP and the runs in neighbouring folders on the same data.
-
-    Not counted, as the codecs' standard tables are not: our codebook and decoder, which both sides have to know.
+    An epoch is N // batch steps through one permutation: no image comes twice, and the rest, fewer than a
+    batch, sits out until the next permutation.
     """
-    figure, axes = new_figure(8, 5)
-    axis, images, curves = axes[0, 0], data.test[:300], collections.defaultdict(dict)
-    for kind, color in (("JPEG", "gray"), ("WEBP", "black")):
-        whole, inner, quality = zip(*codec_curve(images, kind))
-        axis.plot(inner, quality, ".-", color=color, label=f"{kind}, coded pixels only")
-        axis.plot(whole, quality, ".:", color=color, label=f"{kind}, whole file")
-    others = [path for path in sorted(out.parent.glob("*/metrics.json")) if path.parent != out]
-    for m in [metrics, *(json.loads(path.read_text(encoding="utf-8")) for path in others)]:
-        if m.get("data") == data.name and "prefix_psnr" in m:  # one curve a kind: over prefixes, or over runs of several sizes
-            most = max(int(n) for n in m["prefix_psnr"])
-            curves[m["kind"]] |= {m["bits_per_image"] * int(n) / most: quality for n, quality in m["prefix_psnr"].items()}
-    for kind, curve in sorted(curves.items()):
-        axis.plot(*zip(*sorted(curve.items())), "o-", ms=7 if kind == metrics["kind"] else 4, label=kind)
-    axis.axhline(metrics["mean_image_psnr"], color="black", lw=0.8, ls="--", label="the mean image, 0 bits")
-    axis.set(xscale="log", ylim=(None, 36), title=data.name, ylabel="PSNR (dB)")
-    axis.set_xlabel("bits per image (tokens without entropy coding; left of its curve a codec cannot go)")
-    axis.legend(fontsize=7)
-    save_figure(figure, out / "rate_distortion.png")
+    epoch, i = divmod(step, max(1, N // batch))
+    return torch.randperm(N, generator=rng_at(seed, BATCHES, epoch))[i * batch:(i + 1) * batch]
+# --- end shared
 
 
-def report(config, model, data, metrics, history, out):
-    """Everything that is known of a trained tokenizer, as pictures and a token folder in `out` -> its metrics"""
-    tokens, test_tokens = tokenize(model, data.train), tokenize(model, data.test)
-    metrics = metrics | evaluate(config, model, data, tokens, test_tokens)
-    draw_reconstructions(model, data, test_tokens, out)
-    draw_detail(model, data, test_tokens, out)
-    draw_codes(model, data, history, test_tokens, out)
-    draw_rate_distortion(data, metrics, out)
-    export(model, data, tokens, test_tokens, out)
-    return metrics
+# ----- data -------------------------------------------------------------------------------------------------
+# --- shared: fetch
+def fetch(folder, name, url, checksum):
+    """Path of a data file: in $NANO_DATA or data/, else downloaded there, checked, only then given its name.
+
+    checksum: "md5:..." or "sha256:...". A file that lies there already is the user's own and is not checked.
+    """
+    path = pathlib.Path(os.environ.get("NANO_DATA", "data"), folder, name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = urllib.request.urlopen(url + name, timeout=30).read()
+        kind, digest = checksum.split(":")
+        if hashlib.new(kind, content).hexdigest() != digest:
+            raise OSError(f"what came from {url}{name} is damaged")
+        path.with_suffix(".part").write_bytes(content)
+        os.replace(path.with_suffix(".part"), path)              # atomic
+    return path
+# --- end shared
 
 
-def write_json(path, metrics):
-    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+# --- shared: images
+FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono
+    DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif DejaVuSerif-Bold
+    DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol STIXGeneralItalic STIXGeneralBolIta
+    cmr10 cmb10 cmss10 cmtt10"""  # matplotlib ships them, so they are the same on every machine
 
 
-def print_report(m):
-    """The table that answers "is this normal?": value, healthy range, what to do."""
-    bits, size = m["bits_per_image"], m["codebook_size"]
-    per = lambda name, scale: " ".join(f"{scale * v:.1f}" for v in m[name])
-    rows = [("usage", f"{per('usage_per_codebook', 100)} %", "above 90 % of all codes, over all validation images"),
-            ("perplexity", per("perplexity_per_codebook", 1), f"above a fifth of the codes ({size / 5:.3g})"),
-            ("PSNR", f"{m['rpsnr']:.2f} dB", f"the mean image alone has {m['mean_image_psnr']:.2f} dB"),
-            ("rFD", f"{m['rfd']:.2f}", f"real training images have {m['gfd_floor']:.2f}: the nearer the better"),
-            ("pFD", f"{m['pfd']:.2f}", "a quarter of the tokens swapped for near ones, as a generator errs"),
-            ("bits per image", f"{bits:.0f}", f"{m['tokens_per_image']} tokens; {bits / 1024:.3f} bits per pixel")]
-    if "latent_error" in m:
-        rows.insert(2, ("latent error", f"{m['latent_error']:.3f}", "|z - code|^2 / variance of z: 0.01 to 0.3"))
-    if len(m["prefix_psnr"]) > 1:
-        values = " ".join(f"{n}:{v:.1f}" for n, v in m["prefix_psnr"].items())
-        rows.append(("PSNR of prefixes", values, "rises with every length"))
-    print("\n" + "\n".join(f"{name:17}{value:>26}   {words}" for name, value, words in rows))
-    if m["usage"] < 0.3:
-        print(f"COLLAPSED: {100 * (1 - m['usage']):.0f} % of the codes are never chosen. Drop --learned-codebook (the default is "
-              "k-means start, running means, restarts), lower --code-dim, or try fsq, which has no codebook to move")
-    print(f"total {m['seconds']:.0f} s, training {m['train_seconds']:.0f} s; peak memory {m['peak_memory_mb']:.0f} MB")
+def glyph_masters(size):
+    """Each digit in 20 fonts and 4 stroke widths, drawn large -> uint8 (10, 80, size, size)."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    folder, drawn = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf"), []
+    for digit, name, stroke in itertools.product("0123456789", FONTS.split(), range(4)):
+        font = ImageFont.truetype(str(folder / f"{name}.ttf"), int(size * 0.68))
+        picture = Image.new("L", (size, size))                   # black
+        ImageDraw.Draw(picture).text((size / 2, size / 2), digit, 255, font, anchor="mm", stroke_width=stroke)
+        drawn.append(np.asarray(picture))
+    return torch.from_numpy(np.stack(drawn)).view(10, -1, size, size)
 
 
-def check(config, metrics):
-    """--check: exit with code 1 when a metric misses its band."""
-    band = BAND.get(config.data, {})
-    missed = [f"{name} {metrics[name]:.3f} < {least}" for name, least in band.items() if metrics[name] < least]
-    if config.check and missed:
-        raise SystemExit(f"nano_tok: check failed: {'; '.join(missed)}")
+def glyphs(n, seed):
+    """n digits in random font, stroke, slant, size, place and contrast -> uint8 (n, 32, 32), labels (n,)."""
+    masters, rng = glyph_masters(96), torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (n,), generator=rng)
+    kind = torch.randint(masters.shape[1], (n,), generator=rng)  # font and stroke width
+
+    def uniform(low, high):
+        return torch.rand(n, generator=rng) * (high - low) + low
+
+    angle, shear, contrast = uniform(-0.2, 0.2), uniform(-0.2, 0.2), uniform(0.8, 1.0)
+    scale, stretch = uniform(0.72, 1.0), uniform(0.85, 1.15)
+    # rows of the map from output pixel (x, y, 1) to the place in the master, so that scale < 1 enlarges
+    to_x = torch.stack([stretch * scale * angle.cos(), scale * (shear - angle.sin()), uniform(-0.1, 0.1)], 1)
+    to_y = torch.stack([stretch * scale * angle.sin(), scale * angle.cos(), uniform(-0.1, 0.1)], 1)
+    images = torch.empty(n, 32, 32, dtype=torch.uint8)
+    for i in torch.arange(n).split(1000):
+        grid = F.affine_grid(torch.stack([to_x[i], to_y[i]], 1), (len(i), 1, 64, 64), align_corners=False)
+        fine = F.grid_sample(masters[labels[i], kind[i]][:, None].float(), grid, align_corners=False)
+        small = F.avg_pool2d(fine, 2)[:, 0]                      # (1000, 32, 32): smooth edges
+        images[i] = (small * contrast[i, None, None]).round().byte()
+    return images, labels
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# main
-# ---------------------------------------------------------------------------------------------------------------------
+IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+             "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
+IMAGE_SETS = {  # name: folder, address, MD5 sums of the four files as their publishers give them
+    "mnist": ("", "https://ossci-datasets.s3.amazonaws.com/mnist/", "f68b3c2dcbeaaa9fbdd348bbdeb94873 "
+              "d53e105ee54ea40749a09fcbcd1e9432 9fb629c4189551a2d022fa330f9573f3 "
+              "ec29112dd5afa0611ce80d1b7f02629c"),
+    "fashion-mnist": ("fashion-mnist", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                      "8d4fb7e6c68d591d4c3dfef9ec88bf0d 25c81989df183df01b3e8a0aad5dffbe "
+                      "bef4ecab320f06d8554ea6380940ec79 bb300cfdad3c16e7a12a480ee83cd310"),
+}
 
 
-def kind_of(config):
-    """The words that tell this tokenizer from others, apart from its size: a curve of the rate-distortion picture"""
-    one_d = ["1d"] + ["dense"] * (config.mixer == "dense") + ["fixed"] * (not config.nested) if config.layout == "1d" else []
-    return "-".join([config.quantizer, *one_d] + ["learned"] * config.learned_codebook + ["perturb"] * (config.perturb > 0))
+def read_idx(path):
+    """MNIST's format: 0, 0, 8 for bytes, rank r, r sizes as big-endian int32, the bytes -> uint8 array."""
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{path.name} is no IDX file of bytes")
+    shape = np.frombuffer(raw, ">i4", raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
 
 
-def complete_config(config, part):
-    """Fill the defaults that depend on other flags; refuse what does not fit together."""
-    name = kind_of(config) + (f"-{config.codebook}" if config.codebook != 256 else "")
-    config = dataclasses.replace(config, out=config.out or f"out/tok/{'bpe' if part == 'bpe' else name}")
-    if config.quantizer == "lfq" and config.codebook & (config.codebook - 1):
-        raise UserError(f"--codebook {config.codebook}: lfq needs a power of two")
-    if not re.fullmatch(r"([2-9]|[1-9]\d)(,([2-9]|[1-9]\d))*", config.levels):
-        raise UserError(f"--levels {config.levels}: integers from 2 to 99 with commas between, as in 8,6,5")
-    if config.cosine and config.quantizer != "vq":
-        raise UserError(f"--cosine is for --quantizer vq: what {config.quantizer} codes has no fixed length")
-    if config.learned_codebook and config.quantizer not in ("vq", "rvq"):
-        raise UserError(f"--learned-codebook: {config.quantizer} has no codebook to learn")
+def read_pair(path):
+    """An .npz with `images` and `labels`, or an IDX file with its labels beside it -> both arrays."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return file["images"], file["labels"]
+    if "images-idx3" not in path.name:
+        raise ValueError("not glyphs, mnist, fashion-mnist, an .npz, or a file like x-images-idx3-ubyte.gz")
+    return read_idx(path), read_idx(path.with_name(path.name.replace("images-idx3", "labels-idx1")))
+
+
+def as_tensors(images, labels):
+    """Check, and pad 28 x 28 to 32 x 32 -> uint8 (N, 32, 32), int64 (N,)."""
+    if images.dtype != np.uint8 or images.shape[1:] not in ((28, 28), (32, 32)) or len(images) < 20:
+        raise ValueError(f"needs 20 images or more, uint8, 28 x 28 or 32 x 32: {images.dtype} {images.shape}")
+    whole = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not whole or labels.min() < 0 or labels.max() > 999:
+        raise ValueError(f"needs {len(images)} labels, one an image, 0..999: {labels.dtype} {labels.shape}")
+    pad = (32 - images.shape[1]) // 2
+    padded = F.pad(torch.from_numpy(images.copy()), (pad, pad, pad, pad))
+    return padded, torch.from_numpy(labels.astype(np.int64))
+
+
+def load_images(data, seed):
+    """-> images uint8 (N, 32, 32), labels (N,), test images, test labels. One file is split 9:1 by seed."""
+    if data == "glyphs":
+        return *glyphs(20000, 2 * seed), *glyphs(2000, 2 * seed + 1)
+    try:
+        if data in IMAGE_SETS:
+            folder, url, sums = IMAGE_SETS[data]
+            paths = [fetch(folder, name, url, "md5:" + md5) for name, md5 in zip(IDX_FILES, sums.split())]
+            x, y, test_x, test_y = (read_idx(path) for path in paths)
+            return *as_tensors(x, y), *as_tensors(test_x, test_y)
+        images, labels = as_tensors(*read_pair(pathlib.Path(data)))
+    except Exception as error:                                   # missing, empty, cut, foreign: many types
+        fail(f"--data {data}: {error}")
+    mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    test, train = mixed[:len(images) // 10], mixed[len(images) // 10:]
+    return images[train], labels[train], images[test], labels[test]
+# --- end shared
+
+
+def load_data(config):
+    """Images and labels in one namespace, named as in nano_ar."""
+    names = ("train_images", "train_labels", "test_images", "test_labels")
+    data = SimpleNamespace(**dict(zip(names, load_images(config.data, config.seed))))
+    data.classes = int(max(data.train_labels.max(), data.test_labels.max())) + 1
+    return data
+
+
+def load_text(name):
+    """`pydoc`, the help topics inside every Python, or a file -> bytes."""
+    if name == "pydoc":
+        from pydoc_data.topics import topics
+        return "\n".join(topics[key] for key in sorted(topics)).encode()
+    try:
+        text = pathlib.Path(name).read_bytes()
+    except OSError as error:
+        fail(f"--text {name}: {error.strerror}; give a file, or pydoc")
+    if len(text) < 20:
+        fail(f"--text {name}: {len(text)} bytes are too few to learn from; give a longer file, or pydoc")
+    return text
+
+
+# ----- evaluation: is the tokenizer healthy? ----------------------------------------------------------------
+def psnr(a, b):
+    """Peak signal-to-noise ratio of uint8 images in dB: 10 log10 of 255^2 over the mean squared error."""
+    return -10 * torch.log10(((a.float() - b.float()) / 255).square().mean()).item()
+
+
+def usage(index, size):
+    """Integers below `size` -> share of them that occurs; perplexity, how many are in effective use.
+
+    Perplexity is exp(entropy): of k equally frequent codes it is k, however many rare ones there are beside.
+    Over *all* test images: in one batch some codes are always missing, and a healthy codebook looks sick.
+    """
+    p = torch.bincount(index.flatten(), minlength=size).double() / index.numel()
+    return (p > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()  # entr: -p log p
+
+
+def health(model, images):
+    """uint8 images (N, 32, 32) -> PSNR; usage and perplexity, of the codebook where they are least."""
+    tokens, quantizer = encode(images, model), model.quantizer
+    each = [usage(index, quantizer.size) for index in (tokens % quantizer.size).view(-1, quantizer.depth).T]
+    return {"rpsnr": psnr(decode(tokens, model), images), "usage": min(share for share, _ in each),
+            "perplexity": min(perplexity for _, perplexity in each)}
+
+
+def prefixes(model):
+    """What a prefix may be: 1, 2, 4, ... K queries, or 1 .. D codebooks."""
+    if not model.queries:
+        return list(range(1, model.quantizer.depth + 1))
+    return sorted({model.queries, *(2**i for i in range(model.queries.bit_length()))})
+
+
+def evaluate(model, data):
+    """`health` on the test images, and what is needed to judge it -> the metrics, plain numbers.
+
+    bits_per_image: T D log2 V, what it takes to write the tokens down. A model of the tokens needs fewer (its
+    nats / log 2): codes are not equally frequent, and what is near tells about what is next.
+    """
+    tokens, quantizer = encode(data.test_images, model), model.quantizer
+    mean_image = data.train_images.float().mean(0)               # what 0 bits can show
+    return health(model, data.test_images) | {
+        "tokens_per_image": tokens.shape[1], "bits_per_image": tokens.shape[1] * math.log2(quantizer.size),
+        "mean_image_psnr": psnr(mean_image.expand(len(tokens), -1, -1), data.test_images),
+        "prefix_psnr": {str(n): psnr(decode(tokens, model, n), data.test_images) for n in prefixes(model)}}
+
+
+def export(model, data):
+    """A namespace that nano_ar.train, draw and evaluate take in place of nano_ar.load_data's.
+
+    tokens = export(model, data)
+    gpt = nano_ar.GPT(tokens.codebook_size, tokens.classes, tokens.rows, tokens.columns, 128, 4, 4)
+    nano_ar.train(config, gpt, tokens)
+
+    The tokens are arrays (N, L) of integers, L = rows * columns; `decode` is a function from such arrays to
+    uint8 images. Nothing else of a tokenizer is known to the generator: that is what makes them exchangeable.
+    """
+    depth, queries = model.quantizer.depth, model.queries
+    return SimpleNamespace(
+        **vars(data), decode=functools.partial(decode, model=model),
+        codebook_size=depth * model.quantizer.size,
+        rows=1 if queries else 8, columns=depth * (queries or 8),  # the D tokens of a cell stand side by side
+        train_tokens=encode(data.train_images, model), test_tokens=encode(data.test_images, model))
+
+
+# ----- pictures ---------------------------------------------------------------------------------------------
+# --- shared: figures
+def save_images(path, images, what):
+    """uint8 images (rows, columns, 32, 32) side by side in one PNG file, twice as large."""
+    from PIL import Image
+    lined = F.pad(images, (0, 1, 0, 1), value=96)                # a grey line right of and below each image
+    sheet = lined.transpose(1, 2).flatten(2, 3).flatten(0, 1)    # (rows * 33, columns * 33)
+    Image.fromarray(sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy()).save(path)
+    print(f"wrote {path}: {what}")
+
+
+def by_class(labels, rows):
+    """Which of N labelled images to show -> indices (rows, columns), a column for each of ten classes."""
+    columns = [(labels == c).nonzero()[:rows, 0] for c in labels.unique()[:10]]
+    shortest = min(len(column) for column in columns)            # a rare class may have fewer than `rows`
+    return torch.stack([column[:shortest] for column in columns], dim=1)
+# --- end shared
+
+
+def draw_reconstructions(out, model, data):
+    """reconstructions.png: a test image per class, all prefixes of its tokens, twice the last error."""
+    shown = data.test_images[by_class(data.test_labels, 1)[0]]   # (columns, 32, 32)
+    rows = [shown] + [decode(encode(shown, model), model, n) for n in prefixes(model)]
+    rows.append(((rows[-1].int() - shown.int()).abs() * 2).clamp(max=255).byte())
+    save_images(out / "reconstructions.png", torch.stack(rows), "originals, prefixes "
+                f"of {', '.join(map(str, prefixes(model)))}, error x 2")
+
+
+def draw_codes(out, model, images):
+    """codes.png: what a code of the first codebook stands for, frequent ones first. Only on the grid.
+
+    It is the mean of the 8 x 8 pixels under all cells that chose it, those that the stem has read there. With
+    queries there is no such place: a token speaks of the whole picture (lesson 12 shows what each changes).
+    """
+    quantizer = model.quantizer
+    index = encode(images, model)[:, ::quantizer.depth].flatten()                      # (N * 64,)
+    cells = F.unfold(images[:, None].float(), 8, stride=4, padding=2).mT.flatten(0, 1)  # (N * 64, 64)
+    counts = torch.bincount(index, minlength=quantizer.size)
+    means = torch.zeros(quantizer.size, 64).index_add_(0, index, cells) / counts[:, None].clamp(min=1)
+    means = means[counts.argsort(descending=True)].round().byte()
+    full_rows = means[:quantizer.size // 16 * 16].view(-1, 16, 8, 8)  # a sheet has no half rows
+    if len(full_rows):
+        save_images(out / "codes.png", full_rows, "what the codes stand for, by frequency")
+
+
+# ----- settings and main ------------------------------------------------------------------------------------
+NAME, PARTS = "nano_tok", ("train", "eval", "bpe")
+FLAGS = {  # name: default, what is allowed (names, or the least number), help
+    "data": ("glyphs", None, "glyphs, mnist, fashion-mnist, an IDX file, or an .npz with images and labels"),
+    "text": ("pydoc", None, "pydoc, or any file, for byte pairs"),
+    "out": ("out/tok", None, "folder for checkpoint, pictures, tokens.npz, bpe.json and metrics.json"),
+    "preset": ("cpu", ("cpu", "gpu"), "other defaults; gpu: for an 8 GB card and half an hour"),
+    "seed": (0, 0, "of the data, the weights and the training"),
+    "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
+    "precision": ("auto", ("auto", "fp32", "bf16"), "of products in training; auto: bf16 where it is fast"),
+    "resume": (False, None, "go on from OUT/last.pt exactly where it stopped"),
+    "vocab": (1024, 256, "entries of the text vocabulary, the 256 bytes included"),
+    "quantizer": ("vq", None, "vq, rvq or fsq: how vectors become integers"),
+    "codebook": (256, 2, "vq, rvq: codes in a codebook"),
+    "code_dim": (8, 1, "vq, rvq: numbers in a code vector"),
+    "depth": (2, 1, "rvq: codebooks, that is, tokens for each cell"),
+    "levels": ("8,6,5", None, "fsq: levels of each number, 3 or more; their product is the number of codes"),
+    "queries": (0, 0, "K ordered tokens for the whole image; 0: a token for each of 64 cells"),
+    "width": (64, 16, "channels of the networks, a multiple of 16: a head has 16 numbers"),
+    "blocks": (1, 1, "residual blocks in the encoder and in the decoder"),
+    "steps": (1000, 1, "optimizer steps; the learning rate falls to 0 over them, so none can be added"),
+    "batch": (128, 1, "images per step"),
+    "lr": (0.02, 0, "learning rate of Muon; AdamW takes half of it"),
+}
+PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, lr=0.005)}
+FREE = {"text", "vocab"}  # may differ from the checkpoint's
+
+
+# --- shared: settings
+LOCAL = {"out", "device", "precision", "resume"}  # of this run alone: never taken from a checkpoint
+
+
+def fail(message):
+    """What is wrong, where, and what to do, in one line on stderr; exit code 2."""
+    print(f"{NAME}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_settings(argv=None):
+    """The command line -> part, config, checkpoint (empty unless resumed or sampled from).
+
+    Each setting comes from the first that has it: the flags given now, the checkpoint, the preset, the
+    defaults. Only those in FREE and LOCAL may be given otherwise than the checkpoint has them: the others
+    have shaped its weights, and to ignore a flag silently would be to lie.
+    """
+    parser = argparse.ArgumentParser(prog=NAME, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail                                 # argparse would print the usage first: many lines
+    parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS), help="what to do")
+    for name, (default, _, text) in FLAGS.items():
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        kind |= {"default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
+        parser.add_argument("--" + name.replace("_", "-"), **kind)
+    given = vars(parser.parse_args(argv))               # SUPPRESS: this holds only what was really given
+    part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
+    needed = "resume" in given or part not in ("all", "train")
+    state = load(pathlib.Path(given.get("out", defaults["out"]), "last.pt")) if needed else {}
+    saved = {name: value for name, value in state.get("config", {}).items() if name not in LOCAL}
+    for name, value in given.items():
+        allowed, flag = FLAGS[name][1], f"--{name.replace('_', '-')} {value}"
+        if isinstance(allowed, tuple) and value not in allowed:
+            fail(f"{flag}: choose one of {', '.join(allowed)}")
+        if isinstance(allowed, (int, float)) and not allowed <= value < math.inf:  # so written, nan fails too
+            fail(f"{flag}: must be a number from {allowed} on")
+        if name not in FREE and saved.get(name, value) != value:
+            fail(f"{flag}: the checkpoint has {saved[name]}; drop the flag, or choose another --out")
+    preset = PRESETS[{**defaults, **saved, **given}["preset"]]
+    return part, SimpleNamespace(**{**defaults, **preset, **saved, **given}), state
+
+
+def pick_device(name, precision):
+    """-> device, dtype of matrix products in training: bf16 only where the hardware multiplies it fast."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(k for k in has if has[k]) if name == "auto" else name
+    if not has[kind]:
+        fail(f"--device {name}: this torch sees no such device; use --device cpu")
+    if kind == "cuda":
+        fast = torch.cuda.get_device_capability() >= (8, 0)
+    else:                                               # without this unit a CPU is 15 x slower in bf16
+        fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    bf16 = fast if precision == "auto" else precision == "bf16"
+    return torch.device(kind), torch.bfloat16 if bf16 else torch.float32
+
+
+def save(path, state):
+    """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save({"script": NAME, **state}, file)
+    os.replace(path.with_suffix(".tmp"), path)                   # atomic
+
+
+def load(path):
+    """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["script"] != NAME:
+            raise ValueError("written by another script")
+    except FileNotFoundError:
+        fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
+    except Exception:                                            # torch reports broken files by many types
+        fail(f"{path} is broken, or not a checkpoint of {NAME}: train again, or choose another --out")
+    return state
+
+
+def run_as_program(main):
+    """Call main(). Being stopped, or a file that cannot be used, ends in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("stopped; the same command with --resume goes on from the last report, if there was one")
+    except OSError as error:
+        fail(f"cannot use {error.filename or 'a file'} ({error.strerror}): make room, or another --out")
+# --- end shared
+
+
+def run_bpe(config, out):
+    """Byte pairs of nine tenths of a text, tested on the last -> metrics. OUT/bpe.json gets the merges."""
+    text = load_text(config.text)
+    cut, clock = len(text) * 9 // 10, [time.perf_counter()]
+    bpe = BPE(train_bpe(text[:cut], config.vocab))
+    clock.append(time.perf_counter())
+    train_tokens, tokens = bpe.encode(text[:cut]), bpe.encode(text[cut:])
+    clock.append(time.perf_counter())
+    (out / "bpe.json").write_text(json.dumps(list(bpe.rank)), encoding="utf-8")
+    longest = sorted(bpe.bytes, key=len)[-6:]
+    print(f"bpe: {len(text) / 1e6:.2f} MB, {len(bpe.bytes)} entries in {clock[1] - clock[0]:.2f} s; encodes "
+          f"{len(text) / 1e6 / (clock[2] - clock[1]):.1f} MB/s\n     {cut / len(train_tokens):.2f} bytes per "
+          f"token, {(len(text) - cut) / len(tokens):.2f} on the unseen tenth; longest: "
+          f"{', '.join(repr(token.decode('utf-8', 'replace')) for token in longest)}")
+    return {"bpe_vocab": len(bpe.bytes), "bpe_train_seconds": clock[1] - clock[0],
+            "bpe_mb_per_second": len(text) / 1e6 / (clock[2] - clock[1]),
+            "bpe_bytes_per_token": (len(text) - cut) / len(tokens)}
+
+
+def build(config):
+    """Settings -> an untrained Tokenizer. To read one back: build, then load_state_dict(state["model"])."""
+    if config.quantizer not in QUANTIZERS:
+        fail(f"--quantizer {config.quantizer}: choose one of {', '.join(QUANTIZERS)}")
+    if not all(number.isdigit() and int(number) >= 3 for number in config.levels.split(",")):
+        fail(f"--levels {config.levels}: must be integers from 3 on with commas between, as in 8,6,5")
     if config.width % 16:
-        raise UserError(f"--width {config.width}: must be a multiple of 16")
-    return config
+        fail(f"--width {config.width}: must be a multiple of 16 (a head)")
+    torch.manual_seed(config.seed)                      # for the weights
+    return Tokenizer(QUANTIZERS[config.quantizer](config), config.width, config.blocks, config.queries)
 
 
 def main(argv=None):
-    """Run the script as from the command line; -> the dict of metrics that it also writes to OUT/metrics.json."""
-    began = time.time()
-    part, config = parse_config(Config, argv, PARTS, PRESETS, __doc__)
-    config = complete_config(config, part)
-    out = make_folder(config.out)
-    if part == "bpe":
-        metrics = run_bpe(config, out)
-        write_json(out / "metrics.json", metrics)
-        return metrics
-    device, dtype, reason = pick_device(config.device, config.precision)
-    keep_freed_memory()
-    if config.resume or part not in ("all", "train"):
-        saved = load_checkpoint(out / ("last.pt" if config.resume else "best.pt"))
-        config = adopt(config, saved["config"], out / "last.pt", PRESETS[config.preset])
-    config = dataclasses.replace(config, data=config.data or "glyphs")
-    torch.manual_seed(config.seed)
-    model = Tokenizer(config).to(device)
-    if part in ("encode", "decode"):
-        model.load_state_dict(saved["model"])
-        (encode_file if part == "encode" else decode_file)(config, model.eval(), out)
-        return {}
-    data = load_images(config.data, config.seed)
+    """Do what the command line says -> the metrics; a full run and `eval` write them to OUT/metrics.json."""
+    begun, words = time.time(), sys.argv[1:] if argv is None else list(argv)
+    text_only = words[:1] == ["bpe"]                    # needs no checkpoint: read the rest as of a full run
+    part, config, state = read_settings(words[1:] if text_only else words)
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)              # now: a wrong --out must not cost the whole run
+    if text_only or part == "bpe":
+        return run_bpe(config, out)
+    device, dtype = pick_device(config.device, config.precision)
+    model, data = build(config).to(device), load_data(config)
     params = sum(p.numel() for p in model.parameters())
-    print(f"nano_tok: {reason}\ndata {data.name}: {len(data.train)} train, {len(data.test)} test, {data.classes} classes; "
-          f"{kind_of(config)}: {model.slots} x {model.depth} tokens of {model.size}; {params / 1e6:.2f} M parameters", flush=True)
+    print(f"{NAME}: {len(data.train_images):,} training images, {params:,} weights, on {device}, products in "
+          f"{str(dtype)[6:]}; kernels: {kernels.path(model.stem.weight).name}")
+    metrics = {"device": str(device), "seed": config.seed, "params": params}
+    if part == "all":
+        metrics |= run_bpe(config, out)
     if part in ("all", "train"):
-        train(config, model, data, dtype, out)
-        saved = load_checkpoint(out / "best.pt")
-    metrics = {"device": reason, "params": params, "seed": config.seed, "data": data.name, "kind": kind_of(config),
-               "train_seconds": saved["seconds"], "images_per_second": saved["step"] * config.batch / max(saved["seconds"], 1e-9)}
-    if part != "train":
-        model.load_state_dict(saved["model"])
-        metrics |= report(config, model.eval(), data, metrics, saved["history"], out)
-        metrics |= {"seconds": time.time() - began, "peak_memory_mb": peak_memory_mb(device)}
-        write_json(out / "metrics.json", metrics)
-        print_report(metrics)
-        check(config, metrics)
+        train(config, model, data, dtype, out / "last.pt", state)
+        state = load(out / "last.pt")
+        metrics["images_per_second"] = config.steps * config.batch / state["seconds"]
+    model.load_state_dict(state["model"])
+    if part in ("all", "eval"):
+        tokens, plain = export(model.eval(), data), {}
+        for name in ("train_tokens", "train_labels", "test_tokens", "test_labels"):
+            plain[name] = getattr(tokens, name).int().numpy()
+        np.savez_compressed(out / "tokens.npz", **plain, rows=tokens.rows, columns=tokens.columns,
+                            codebook_size=tokens.codebook_size)
+        draw_reconstructions(out, model, data)
+        if not config.queries:
+            draw_codes(out, model, data.test_images)
+        metrics |= evaluate(model, data) | {"history": state["history"], "seconds": time.time() - begun}
+        (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        print_summary(SimpleNamespace(**metrics), model.quantizer.size)
     return metrics
 
 
+def print_summary(m, size):
+    sick = "" if m.usage > 0.9 else "   COLLAPSED: most codes are never chosen; lower --code-dim or --lr"
+    print(f"""
+size         {m.tokens_per_image} tokens, {m.bits_per_image:.0f} bits an image; pixels: 8,192 bits
+quality      {m.rpsnr:.2f} dB; the mean image alone {m.mean_image_psnr:.2f} dB
+prefixes     {', '.join(f'{n}: {value:.2f}' for n, value in m.prefix_psnr.items())} dB
+codes        {m.usage:.1%} of {size} in use, perplexity {m.perplexity:.0f} (healthy: above a fifth){sick}
+total        {m.seconds:.0f} s""")
+
+
 if __name__ == "__main__":
-    sys.exit(cli(main))
+    run_as_program(main)

@@ -1,504 +1,549 @@
-"""nano_tok: byte pair encoding against a direct implementation, quantizers against closed forms, the program end to end on 60 images."""
-
+"""nano_tok against oracles: byte pairs counted anew each time, slow twins in float64, closed forms, a kill in the middle of a write."""
 import collections
 import doctest
 import json
 import math
+import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import nano_ar
-import nano_tok as nt
+import nano_tok
+from nano_tok import BPE, FSQ, Queries, Reader, Residual, Tokenizer, VectorQuantizer, decode, encode, train_bpe
+
+FOLDER = pathlib.Path(nano_tok.__file__).parent
+TINY = "--data toy.npz --width 16 --codebook 16 --batch 8 --device cpu --vocab 300".split()
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module", autouse=True)
+def toy_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    TINY[1] = str(folder / "toy.npz")
+    images, labels = nano_tok.glyphs(100, 0)
+    np.savez(TINY[1], images=images, labels=labels)
+    (folder / "toy.txt").write_bytes(b"to be or not to be, that is the question. " * 20)
+    TINY[10:] = ["--text", str(folder / "toy.txt")]
 
 
-def merge(ids, pair, new):
-    """[1, 2, 3, 1, 2], (1, 2), 4 -> [4, 3, 4]"""
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def stopped(argv, capsys):
+    """Run a command that must end as a user's mistake -> what it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        nano_tok.run_as_program(lambda: nano_tok.main(argv))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("nano_tok: ") and said.count("\n") == 1, (argv, said)
+    return said
+
+
+# --- text ------------------------------------------------------------------------------------------------
+def slow_merge(ids, pair, new):
     out, i = [], 0
     while i < len(ids):
-        if tuple(ids[i:i + 2]) == pair:
-            out.append(new)
-            i += 2
-        else:
-            out.append(ids[i])
-            i += 1
+        fits = tuple(ids[i:i + 2]) == pair
+        out.append(new if fits else ids[i])
+        i += 2 if fits else 1
     return out
 
 
-def direct_train(text, vocab, split):
-    """Byte pair encoding by its definition: count all pairs anew before every merge."""
-    chunks, merges = [list(c) for c in nt.re.findall(nt.SPLIT[split], text)], []
+def slow_train(text, vocab):
+    """Byte pair encoding by its definition: all chunks, and all pairs counted anew before every merge."""
+    chunks, merges = [list(chunk) for chunk in re.findall(nano_tok.CHUNKS, text)], []
     while len(merges) < vocab - 256:
         counts = collections.Counter(pair for chunk in chunks for pair in zip(chunk, chunk[1:]))
         if not counts or max(counts.values()) < 2:
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))
-        chunks = [merge(chunk, best, 256 + len(merges)) for chunk in chunks]
+        chunks = [slow_merge(chunk, best, 256 + len(merges)) for chunk in chunks]
         merges.append(best)
     return merges
 
 
-def direct_encode(text, merges, split):
-    """Chunk by chunk: as long as there is one, apply the oldest merge that fits."""
-    rank = {pair: i for i, pair in enumerate(merges)}
+def slow_encode(text, merges):
+    """Every merge in the order in which it was learned, over every chunk."""
     out = []
-    for chunk in nt.re.findall(nt.SPLIT[split], text):
+    for chunk in re.findall(nano_tok.CHUNKS, text):
         ids = list(chunk)
-        while pairs := [p for p in zip(ids, ids[1:]) if p in rank]:
-            best = min(pairs, key=rank.get)
-            ids = merge(ids, best, 256 + rank[best])
+        for i, pair in enumerate(merges):
+            ids = slow_merge(ids, pair, 256 + i)
         out += ids
     return out
 
 
-def random_text(seed):
-    rng = np.random.default_rng(seed)
-    alphabet = [b"a", b"ab ", b"aab \n\n  1a"][seed % 3]  # the first makes long runs of one letter: overlapping pairs
-    return bytes(rng.choice(list(alphabet), size=int(rng.integers(50, 600))).astype(np.uint8))
+@pytest.mark.parametrize("chunks", [nano_tok.CHUNKS, rb"(?s:.+)"])
+def test_bpe_equals_its_definition(chunks, monkeypatch):
+    """On random texts of three alphabets, one with long runs of a letter (overlaps), and on a text of 10 KB."""
+    monkeypatch.setattr(nano_tok, "CHUNKS", chunks)
+    for seed in range(9):
+        rng = np.random.default_rng(seed)
+        alphabet = [b"a", b"ab ", b"aab \n\n  1a"][seed % 3]
+        text, other = (bytes(rng.choice(list(alphabet), int(rng.integers(50, 600))).tolist()) for _ in range(2))
+        merges = train_bpe(text, 290)
+        assert merges == slow_train(text, 290)
+        for sample in (text, other, text[7:] + other, b"", b"a"):
+            assert BPE(merges).encode(sample) == slow_encode(sample, merges)
+            assert BPE(merges).decode(BPE(merges).encode(sample)) == sample
+    text = nano_tok.load_text("pydoc")[:10_000]
+    assert train_bpe(text, 300) == slow_train(text, 300)
 
 
-@pytest.mark.parametrize("split", ["words", "none"])
-@pytest.mark.parametrize("seed", range(12))
-def test_bpe_equals_the_direct_implementation(seed, split):
-    text = random_text(seed)
-    merges = nt.train_bpe(text, 290, split)
-    assert merges == direct_train(text, 290, split)
-    other = random_text(seed + 100)
-    bpe = nt.BPE(merges, split)
-    for sample in (text, other, text[7:] + other, b"", b"a"):
-        assert bpe.encode(sample) == direct_encode(sample, merges, split)
-        assert bpe.decode(bpe.encode(sample)) == sample
+def test_worked_examples():
+    """aaabdaaabac: aa is Z, ab is Y, ZY is X gives XdXac (en.wikipedia.org/wiki/Byte_pair_encoding)."""
+    X, Y, Z = 258, 257, 256
+    assert train_bpe(b"aaabdaaabac", 300) == [(97, 97), (97, 98), (Z, Y)]
+    assert BPE([(97, 97), (97, 98), (Z, Y)]).encode(b"aaabdaaabac") == [X, 100, X, 97, 99]
+    # the merge learned first, not the longest token that fits: a bc, and not ab c
+    assert BPE([(98, 99), (97, 98), (97, 256)]).encode(b"abc ab") == [258, 32, 257]
+    runner = doctest.DocTestRunner()
+    for test in doctest.DocTestFinder().find(nano_tok, globs=vars(nano_tok)):
+        runner.run(test)
+    assert runner.failures == 0 and runner.tries >= 1
 
 
-def test_bpe_of_real_text_equals_the_direct_implementation():
-    text = nt.load_text("pydoc", False)[:60_000]
-    assert nt.train_bpe(text, 400) == direct_train(text, 400, "words")
-
-
-def test_bpe_worked_example_of_wikipedia():
-    """aaabdaaabac: aa -> Z gives ZabdZabac, ab -> Y gives ZYdZYac, ZY -> X gives XdXac (en.wikipedia.org/wiki/Byte_pair_encoding)."""
-    Z, Y, X = 256, 257, 258
-    merges = nt.train_bpe(b"aaabdaaabac", 259, "none")
-    assert merges == [(97, 97), (97, 98), (Z, Y)]
-    assert nt.BPE(merges, "none").encode("aaabdaaabac") == [X, 100, X, 97, 99]
-
-
-@pytest.mark.parametrize("split", ["words", "none"])
-def test_bpe_round_trip_of_any_bytes(split):
-    rng = np.random.default_rng(0)
-    bpe = nt.BPE(nt.train_bpe(nt.load_text("pydoc", False)[:50_000], 600, split), split)
+def test_bpe_gives_back_any_bytes_and_keeps_merges_inside_chunks():
+    rng, text = np.random.default_rng(0), nano_tok.load_text("pydoc")[:30_000]
+    bpe = BPE(train_bpe(text, 500))
+    assert len(bpe.bytes) == 500 and len(bpe.encode(text)) < 0.6 * len(text)
     for n in (0, 1, 2, 17, 1000):
-        for sample in (rng.integers(0, 256, n, dtype=np.uint8).tobytes(), rng.choice(list(b" \n\t\x00a\xff'1"), n).astype(np.uint8).tobytes()):
-            assert b"".join(nt.re.findall(nt.SPLIT[split], sample)) == sample
+        for sample in (rng.integers(0, 256, n, dtype=np.uint8).tobytes(), bytes(rng.choice(list(b" \n\t\0a\xff'1"), n).tolist())):
+            assert b"".join(re.findall(nano_tok.CHUNKS, sample)) == sample
             assert bpe.decode(bpe.encode(sample)) == sample
-    assert bpe.decode(bpe.encode("naïve 漢字 🙂")).decode() == "naïve 漢字 🙂"
+    assert bpe.decode(bpe.encode("naïve 漢字 🙂".encode())).decode() == "naïve 漢字 🙂"
+    assert all(re.fullmatch(nano_tok.CHUNKS, token) for token in bpe.bytes)
+    assert re.findall(nano_tok.CHUNKS, b"I'm 42 years, ok") == [b"I", b"'", b"m", b" 42", b" years", b",", b" ok"]
 
 
-def test_words_keep_merges_inside_a_word_and_none_does_not():
-    text = b"to be or not to be " * 20
-    spaces = lambda split: [t for t in nt.BPE(nt.train_bpe(text, 300, split), split).bytes[256:] if b" " in t[1:]]
-    assert not spaces("words") and spaces("none")
-
-
-def test_special_tokens_are_refused_in_plain_text_unless_allowed(tmp_path):
-    bpe = nt.BPE([(97, 98)], special=("<|end|>", "<|pad|>"))
-    with pytest.raises(nt.UserError, match="end"):
-        bpe.encode("ab<|end|>ab")
-    assert bpe.encode("ab<|pad|>ab<|end|>", allow_special=True) == [256, 258, 256, 257]
-    assert bpe.decode([256, 258, 257]) == b"ab<|pad|><|end|>"
-    bpe.save(tmp_path / "v.json")
-    again = nt.BPE.load(tmp_path / "v.json")
-    assert (again.merges, again.split, again.special, again.bytes) == (bpe.merges, bpe.split, bpe.special, bpe.bytes)
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"merges": [[97, 300]], "split": "words", "special": []}',
-                                     '{"merges": [[97, 98]], "split": "letters", "special": []}'])
-def test_a_broken_vocabulary_is_one_clear_error(tmp_path, content):
-    (tmp_path / "v.json").write_text(content, encoding="utf-8")
-    with pytest.raises(nt.UserError, match="v.json"):
-        nt.BPE.load(tmp_path / "v.json")
-
-
-# --- quantizers -----------------------------------------------------------------------------------------------------
-
-
-def test_worked_examples_of_the_docstrings():
-    names = ["train_bpe", "apply_merges", "BPE", "straight_through", "residual_quantize", "fsq_bound", "fsq_index", "lfq_index", "keep_prefix",
-             "usage", "psnr"]
-    finder, runner, tried = doctest.DocTestFinder(), doctest.DocTestRunner(), 0
-    for name in names:
-        for test in finder.find(getattr(nt, name), name, nt, globs=vars(nt)):
-            tried += runner.run(test).attempted
-    assert runner.failures == 0 and tried >= 10
-
-
-@pytest.mark.parametrize("levels", [[2], [3], [4, 3], [8, 6, 5], [7, 5, 5]])
-def test_fsq_index_and_digits_are_inverse_and_every_level_can_be_reached(levels):
-    levels = torch.tensor(levels)
-    index = torch.arange(math.prod(levels.tolist()))
-    digits = nt.fsq_digits(index, levels)
-    assert torch.equal(nt.fsq_index(digits, levels), index) and len(digits.unique(dim=0)) == len(index)
-    sweep = torch.linspace(-12, 12, 4001)[:, None].expand(-1, len(levels))
-    rounded = nt.fsq_bound(sweep, levels).round()
-    assert [len(c.unique()) for c in rounded.T] == levels.tolist()
-    assert torch.equal(rounded.min(0).values, digits.min(0).values.float()) and torch.equal(rounded.max(0).values, digits.max(0).values.float())
-    fsq = nt.FSQ(levels.tolist())
-    q, chosen, _ = fsq(torch.randn(3, 5, len(levels)) * 2)
-    torch.testing.assert_close(fsq.lookup(chosen), q)
-
-
-def test_lfq_index_and_code_are_inverse_and_the_code_is_the_nearest():
-    index = torch.arange(64)
-    assert torch.equal(nt.lfq_index(nt.lfq_code(index, 6)), index)
-    lfq, z = nt.LFQ(6), torch.randn(4, 7, 6)
-    q, chosen, _ = lfq(z)
-    assert torch.equal(chosen[..., 0].flatten(), torch.cdist(z.flatten(0, 1), lfq.codes[0]).argmin(1))
-    torch.testing.assert_close(q, z.sign())
-
-
-def test_entropies_against_the_definition():
-    z, codes = torch.randn(5, 3, dtype=torch.double), torch.randn(4, 3, dtype=torch.double)
-    p = torch.stack([torch.softmax(torch.stack([-((v - c) ** 2).sum() / 0.7 for c in codes]), 0) for v in z])
-    each, overall = nt.entropies(z, codes, 0.7)
-    torch.testing.assert_close(each, torch.special.entr(p).sum(1).mean())
-    torch.testing.assert_close(overall, torch.special.entr(p.mean(0)).sum())
-
-
+# --- quantizers ------------------------------------------------------------------------------------------
 def test_straight_through_gradient_by_hand():
-    """d/dz of (w . q + beta mean |z - c|^2) is w + 2 beta (z - c) / number of elements; the codes get none."""
-    vq = nt.VectorQuantizer(4, 2, commitment=0.25).eval()
+    """d/dz of w . q + mean |z - c|^2 is w + 2 (z - c) / numbers in z."""
+    vq = VectorQuantizer(4, 2).eval()
     vq.codes.copy_(torch.tensor([[[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]]))
-    z = torch.tensor([[[0.9, 0.2], [0.1, 0.3]]], requires_grad=True)
-    w = torch.tensor([[[3.0, -1.0], [2.0, 5.0]]])
+    z, w = torch.tensor([[[0.9, 0.2], [0.1, 0.3]]], requires_grad=True), torch.tensor([[[3.0, -1.0], [2.0, 5.0]]])
     q, index, loss = vq(z)
-    assert index.flatten().tolist() == [1, 0] and q.tolist() == [[[1.0, 0.0], [0.0, 0.0]]]
-    ((w * q).sum() + loss).backward()
     c = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
-    torch.testing.assert_close(z.grad, w + 2 * 0.25 * (z.detach() - c) / 4)
-    torch.testing.assert_close(loss.detach(), 0.25 * (z.detach() - c).square().mean())
+    assert index.tolist() == [[[1], [0]]] and q.equal(c)
+    ((w * q).sum() + loss).backward()
+    torch.testing.assert_close(z.grad, w + 2 * (z.detach() - c) / 4)
+    torch.testing.assert_close(loss.detach(), (z.detach() - c).square().mean())
 
 
-def test_learned_codebook_gets_the_gradient_of_the_codebook_loss():
-    vq = nt.VectorQuantizer(3, 2, learned=True)
-    z = torch.randn(2, 4, 2)
-    _, index, loss = vq(z, None)
-    loss.backward()
-    by_hand = torch.zeros(3, 2)
-    for v, i in zip(z.flatten(0, 1), index.flatten()):
-        by_hand[i] += 2 * (vq.codes[0, i] - v).detach() / z.numel()
-    torch.testing.assert_close(vq.codes.grad[0], by_hand)
-
-
-def test_running_means_against_a_float64_loop():
-    torch.manual_seed(0)
-    vq = nt.VectorQuantizer(4, 3, decay=0.9, restart=0)
-    g = torch.Generator().manual_seed(0)
-    vq(torch.randn(2, 16, 3), g)
-    count, total = vq.count[0].double().clone(), vq.total[0].double().clone()
-    for _ in range(3):
-        z = torch.randn(2, 16, 3)
-        codes = vq.codes[0].double().clone()
-        vq(z, g)
-        number, sums = torch.zeros(4, dtype=torch.double), torch.zeros(4, 3, dtype=torch.double)
-        for v in z.double().flatten(0, 1):
-            i = (v - codes).square().sum(1).argmin()
-            number[i] += 1
-            sums[i] += v
-        count, total = 0.9 * count + 0.1 * number, 0.9 * total + 0.1 * sums
-        torch.testing.assert_close(vq.codes[0].double(), total / count[:, None], rtol=1e-4, atol=1e-5)
-
-
-def test_residual_quantizer_equals_a_loop_and_depth_one_is_plain_vq():
-    torch.manual_seed(0)
-    z, codes = torch.randn(50, 3), torch.randn(3, 8, 3)
-    index, sums = nt.residual_quantize(z, codes)
+def test_residual_quantizer_equals_a_loop():
+    z, codes = torch.randn(50, 3, generator=seeded(0)), torch.randn(3, 8, 3, generator=seeded(1))
+    index, sums = nano_tok.residual_quantize(z, codes)
     rest = z.clone()
     for d in range(3):
         nearest = (rest[:, None] - codes[d]).square().sum(-1).argmin(1)
-        assert torch.equal(index[:, d], nearest)
+        assert index[:, d].equal(nearest)
         rest = rest - codes[d][nearest]
         torch.testing.assert_close(sums[d], z - rest)
-    plain, residual = nt.VectorQuantizer(8, 3).eval(), nt.VectorQuantizer(8, 3, depth=1).eval()
-    plain.codes.copy_(codes[:1]), residual.codes.copy_(codes[:1])
-    for a, b in zip(plain(z[None]), residual(z[None])):
-        assert torch.equal(a, b)
-    q, index, loss = plain(z[None])
-    direct = codes[0][torch.cdist(z, codes[0]).argmin(1)]
-    torch.testing.assert_close(q[0], direct)
-    torch.testing.assert_close(loss, 0.25 * (z - direct).square().mean())
+    rvq = VectorQuantizer(8, 3, depth=3).eval()
+    rvq.codes.copy_(codes)
+    q, index, loss = rvq(z.view(10, 5, 3))
+    torch.testing.assert_close(q, (z - rest).view(10, 5, 3))
+    torch.testing.assert_close(rvq.lookup(index), q)
+    torch.testing.assert_close(loss, (z - sums).square().mean())  # over all partial sums
+    example = nano_tok.residual_quantize(torch.tensor([[5.2]]), torch.tensor([[[0.0], [4.0]], [[0.0], [1.0]]]))
+    assert example[0].tolist() == [[1, 1]] and example[1].flatten().tolist() == [4, 5]
+
+
+def test_running_means_against_a_float64_loop():
+    vq, rng = VectorQuantizer(4, 3, depth=2, decay=0.9, restart=0), seeded(0)
+    vq(torch.randn(2, 16, 3, generator=rng), rng)
+    count, total = vq.count.double(), vq.total.double()
+    for _ in range(3):
+        z, codes = torch.randn(2, 16, 3, generator=rng), vq.codes.double()
+        vq(z, rng)
+        number, sums = torch.zeros(2, 4).double(), torch.zeros(2, 4, 3).double()
+        for v in z.double().flatten(0, 1):
+            for d in range(2):
+                i = (v - codes[d]).square().sum(1).argmin()
+                number[d, i] += 1
+                sums[d, i] += v
+                v = v - codes[d, i]
+        count, total = 0.9 * count + 0.1 * number, 0.9 * total + 0.1 * sums
+        torch.testing.assert_close(vq.codes.double(), total / count[..., None], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_codebook_is_not_declared_dead():
+    """All codes start with a fair count, on different vectors; the first update restarts none that is used."""
+    vq, z = VectorQuantizer(64, 2, depth=2), torch.randn(4, 256, 2, generator=seeded(0))
+    vq.start(z.flatten(0, 1), seeded(1))
+    start = vq.codes.clone()
+    assert (vq.count == 1024 / 64).all() and len(start[0].unique(dim=0)) == 64
+    torch.testing.assert_close(vq.total, start * 16)
+    index = nano_tok.residual_quantize(z.flatten(0, 1), start)[0]
+    number = torch.bincount(index[:, 0], minlength=64)
+    vq(z, seeded(2))
+    # count is now .95 * 16 + .05 * number: no code can have fallen below a twentieth of 16
+    torch.testing.assert_close(vq.count[0], 0.95 * 16 + 0.05 * number)
+    # vectors far apart get codes of their own, however many lie in one place
+    z = torch.cat([torch.zeros(900, 2), 10 * torch.randn(100, 2, generator=seeded(3))])
+    vq = VectorQuantizer(32, 2)
+    vq.start(z, seeded(4))
+    assert (vq.codes[0].norm(dim=1) > 1).sum() > 24
+
+
+def test_a_collapsed_codebook_is_revived_by_restarts():
+    z = torch.randn(4, 256, 2, generator=seeded(0))
+
+    def share_used(restart):
+        vq, rng = VectorQuantizer(32, 2, restart=restart), seeded(1)
+        vq.codes.fill_(50.0)                                     # all in one far corner, but for one
+        vq.codes[0, 0] = 0
+        vq.count.fill_(32.0)
+        vq.total.copy_(vq.codes * 32)
+        for _ in range(100):
+            index = vq(z, rng)[1]
+        return nano_tok.usage(index, 32)[0]
+
+    assert share_used(restart=0.0) <= 2 / 32 and share_used(restart=0.05) == 1
+
+
+def test_spread_draws_in_proportion_to_the_squared_distance():
+    distance, counts = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.zeros(4)
+    for seed in range(2000):
+        counts[nano_tok.spread(distance, 1, seeded(seed))] += 1
+    assert counts[0] == 0 and (counts / 2000 - distance / 8).abs().max() < 0.04  # 3.5 standard deviations
+    assert sorted(nano_tok.spread(torch.ones(5), 5, seeded(0)).tolist()) == [0, 1, 2, 3, 4]
+    assert len(nano_tok.spread(torch.zeros(3), 8, seeded(0))) == 8
 
 
 def test_every_codebook_of_rvq_lowers_the_error():
-    g = torch.Generator().manual_seed(0)
-    rvq, z = nt.VectorQuantizer(16, 4, depth=4), torch.randn(8, 64, 4, generator=g)
+    rvq, z, rng = VectorQuantizer(16, 4, depth=4), torch.randn(8, 64, 4, generator=seeded(0)), seeded(1)
     for _ in range(20):
-        rvq(z, g)
-    _, sums = nt.residual_quantize(z.flatten(0, 1), rvq.codes)
-    errors = [float((z.flatten(0, 1) - s).square().mean()) for s in sums]
-    assert all(later < 0.7 * earlier for earlier, later in zip([1.0, *errors], errors))
+        rvq(z, rng)
+    _, sums = nano_tok.residual_quantize(z.flatten(0, 1), rvq.codes)
+    errors = [1.0, *((z.flatten(0, 1) - q).square().mean().item() for q in sums)]
+    assert all(after < 0.7 * before for before, after in zip(errors, errors[1:]))
 
 
-def test_a_collapsed_codebook_is_seen_and_restart_revives_it():
-    g = torch.Generator().manual_seed(0)
-    z = torch.randn(4, 256, 2, generator=g)
-
-    def run(restart):
-        vq = nt.VectorQuantizer(32, 2, restart=restart)
-        vq.codes.copy_(torch.full_like(vq.codes, 50.0))  # all codes in one far corner
-        vq.count.fill_(32.0), vq.total.copy_(vq.codes * 32)
-        vq.codes[0, 0] = 0
-        vq.total[0, 0] = 0
-        for _ in range(200):
-            index = vq(z, g)[1]
-        return nt.usage(index, 32)[0]
-
-    assert run(restart=0.0) <= 2 / 32
-    assert run(restart=0.05) == 1.0
-
-
-def test_report_says_collapsed_and_what_to_do(capsys):
-    m = dict(bits_per_image=512, codebook_size=256, usage_per_codebook=[0.1], perplexity_per_codebook=[9.0], rpsnr=20.0, mean_image_psnr=12.0, rfd=5.0,
-             gfd_floor=1.0, pfd=6.0, tokens_per_image=64, prefix_psnr={"1": 20.0}, usage=0.1, seconds=1, train_seconds=1, peak_memory_mb=1)
-    nt.print_report(m)
-    assert "COLLAPSED: 90 %" in capsys.readouterr().out
-    nt.print_report(m | {"usage": 0.95})
-    assert "COLLAPSED" not in capsys.readouterr().out
-
-
-def test_kmeans_finds_separated_clusters():
-    g = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
-    points = centres.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2, generator=g)
-    means = nt.kmeans(points, 4, g)
-    assert (torch.cdist(centres, means).min(1).values < 0.1).all()
-
-
-def test_kmeans_of_fewer_points_than_means():
-    assert nt.kmeans(torch.zeros(3, 2), 8, torch.Generator().manual_seed(0)).shape == (8, 2)
-
-
-def test_perturb_swaps_only_for_near_codes():
-    g = torch.Generator().manual_seed(0)
-    codes, index = torch.arange(20.0)[:, None], torch.randint(20, (50, 30), generator=g)
-    assert torch.equal(nt.perturb(index, codes, 0.0, g), index)
-    swapped = nt.perturb(index, codes, 1.0, g, swap=1.0, near=0.1)  # the 2 nearest of 20
-    assert ((swapped != index) & ((swapped - index).abs() <= 2)).all()
-    half = (nt.perturb(index, codes, 0.5, g, swap=1.0) != index).any(1).float().mean()
-    assert 0.2 < half < 0.8
+@pytest.mark.parametrize("levels", [[3], [4, 3], [8, 6, 5], [7, 5, 5]])
+def test_fsq_reaches_every_level_and_its_index_is_a_number_of_mixed_base(levels):
+    fsq = FSQ(levels)
+    assert (fsq.size, fsq.dim, fsq.depth) == (math.prod(levels), len(levels), 1)
+    sweep = torch.linspace(-40, 40, 8001)[:, None].expand(-1, len(levels))
+    rounded = fsq.bound(sweep).round()
+    for c, L in enumerate(levels):
+        assert rounded[:, c].unique().tolist() == list(range(-(L // 2), L - L // 2))
+    assert fsq.bound(torch.zeros(len(levels))).abs().max() < 1e-6  # the shift of even L leaves 0 at 0
+    codes = fsq.lookup(torch.arange(fsq.size)[:, None])
+    by_hand = [[(i // math.prod(levels[:c]) % L - L // 2) / (L // 2) for c, L in enumerate(levels)] for i in range(fsq.size)]
+    torch.testing.assert_close(codes, torch.tensor(by_hand))
+    z = torch.randn(3, 50, len(levels), generator=seeded(0)).requires_grad_()
+    q, index, loss = fsq(z)
+    torch.testing.assert_close(fsq.lookup(index), q)
+    assert loss == 0 and (z.detach() * q.detach()).sum() > 0
+    q.sum().backward()                                           # the slope of bound, as if nothing was rounded
+    x = z.detach().requires_grad_()
+    (fsq.bound(x) / torch.tensor([L // 2 for L in levels])).sum().backward()
+    torch.testing.assert_close(z.grad, x.grad)
 
 
 def test_usage_and_psnr_closed_forms():
-    assert nt.usage(torch.tensor([3, 3, 3]), 4) == (0.25, 1.0)
-    share, perplexity = nt.usage(torch.arange(7), 7)
-    assert share == 1.0 and abs(perplexity - 7) < 1e-9
-    a = torch.zeros(2, 4, 4, dtype=torch.uint8)
-    assert abs(nt.psnr(a, a + 51) - 20 * math.log10(5)) < 1e-5
+    assert nano_tok.usage(torch.tensor([3, 3, 3]), 4) == (0.25, 1.0)
+    share, perplexity = nano_tok.usage(torch.tensor([0, 0, 1, 1, 2, 3]), 8)  # p = 1/3, 1/3, 1/6, 1/6
+    assert share == 0.5 and math.isclose(perplexity, 3 ** (2 / 3) * 6 ** (1 / 3), rel_tol=1e-9)
+    black = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    assert math.isclose(nano_tok.psnr(black, black + 51), 20 * math.log10(5), rel_tol=1e-5)
 
 
-# --- the whole tokenizer ----------------------------------------------------------------------------------------------
+# --- model -----------------------------------------------------------------------------------------------
+KINDS = [("vq", 0), ("rvq", 0), ("fsq", 0), ("vq", 4), ("rvq", 4), ("fsq", 4)]
 
 
-def tiny(**changes):
-    base = dict(width=16, codebook=16, tokens=4, code_dim=4)
-    return nt.complete_config(nt.Config(**{f.name: f.default for f in nt.dataclasses.fields(nt.Config)} | base | changes), "all")
+def tiny(quantizer="vq", queries=0):
+    """A small tokenizer with random numbers where layers start at zero: zeros hide errors."""
+    argv = f"--width 16 --codebook 16 --quantizer {quantizer} --queries {queries}".split()
+    model = nano_tok.build(nano_tok.read_settings(argv)[1])
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.2)
+    return model
 
 
-KINDS = [dict(quantizer=q, layout=l) for q in ("vq", "rvq", "fsq", "lfq") for l in ("grid", "1d")] + [dict(quantizer="vq", layout="1d", mixer="dense")]
+def noise(n, seed=0):
+    return torch.randint(256, (n, 32, 32), generator=seeded(seed), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(k.values()))
-def test_training_forward_equals_encode_then_decode(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_training_forward_is_encode_then_decode(kind):
+    model, images = tiny(*kind), noise(6)
+    model(images / 255, seeded(0))                               # starts the codebook
+    model.eval().nested = False
+    tokens = encode(images, model)
+    T, D, V = kind[1] or 64, model.quantizer.depth, model.quantizer.size
+    assert tokens.shape == (6, T * D) and 0 <= tokens.min() and tokens.max() < D * V
+    assert (tokens // V).equal(torch.arange(T * D).expand(6, -1) % D)    # codebook d has integers d V .. d V + V - 1
+    rebuilt, index, _ = model(images / 255, None)
+    assert index.equal((tokens % V).view(6, T, D)) and len(index.unique()) > 1
+    assert (rebuilt.clamp(0, 1) * 255 - decode(tokens, model)).abs().max() < 0.51
+    assert decode(tokens, model, nano_tok.prefixes(model)[-1]).equal(decode(tokens, model))
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_every_prefix_of_queries_decodes_and_ignores_the_tail(quantizer):
+    model = tiny(quantizer, 4).eval()
+    if quantizer == "vq":
+        nn.init.normal_(model.quantizer.codes)
+    tokens, pictures = torch.randint(model.quantizer.size, (3, 4), generator=seeded(0)), []
+    assert nano_tok.prefixes(model) == [1, 2, 4] and nano_tok.prefixes(tiny("vq", 6)) == [1, 2, 4, 6]
+    for n in (1, 2, 3, 4):
+        other = tokens.clone()
+        other[:, n:] = torch.randint(model.quantizer.size, other[:, n:].shape, generator=seeded(n))
+        pictures.append(decode(tokens, model, n))
+        assert pictures[-1].equal(decode(other, model, n))
+    assert all(not a.equal(b) for a, b in zip(pictures, pictures[1:]))
+
+
+def test_a_prefix_of_rvq_is_the_sum_of_the_first_codebooks():
+    model = tiny("rvq").eval()
+    nn.init.normal_(model.quantizer.codes)
+    index = torch.randint(16, (2, 64, 2), generator=seeded(0))
+    tokens = (index + torch.tensor([0, 16])).flatten(1)
+    for n, q in ((1, model.quantizer.codes[0][index[..., 0]]), (2, model.quantizer.lookup(index))):
+        assert decode(tokens, model, n).equal((model.rebuild(q).clamp(0, 1) * 255).round().byte())
+    assert nano_tok.prefixes(model) == [1, 2]
+
+
+def test_lengths_in_nested_dropout(monkeypatch):
+    """Three images in four keep all 4 tokens, the others 1 .. 4, and the tail reaches the decoder as zeros."""
+    kept, true = [], nano_tok.keep_prefix
+    monkeypatch.setattr(nano_tok, "keep_prefix", lambda q, keep: kept.append(keep) or true(q, keep))
+    model = tiny("fsq", 4)
+    for seed in range(10):
+        model(torch.zeros(160, 32, 32), seeded(seed))
+    share = torch.bincount(torch.cat(kept), minlength=5) / 1600
+    assert share[0] == 0 and (share[1:4] - 1 / 16).abs().max() < 0.025 and abs(share[4] - 13 / 16) < 0.04
+    q = true(torch.ones(2, 3, 5), torch.tensor([1, 3]))
+    assert q.sum((1, 2)).tolist() == [5, 15] and (q[0, 0] == 1).all()
+
+
+def test_attention_of_a_reader_equals_a_loop_in_float64():
     torch.manual_seed(0)
-    model = nt.Tokenizer(tiny(**kind))
-    images = torch.rand(6, 32, 32)
-    model(images, torch.Generator().manual_seed(0))  # starts the codebook
-    model.eval()
-    tokens = model.encode(images)
-    assert tokens.shape == (6, math.prod(model.grid)) and 0 <= tokens.min() and tokens.max() < model.size * model.depth
-    q, index, _ = model.quantizer(model.latents(images))
-    torch.testing.assert_close(model.paint_codes(q).clamp(0, 1), model.decode(tokens))
-    last = model.decode(tokens, max(nt.prefixes(model)))
-    torch.testing.assert_close(last, model.decode(tokens))
-
-
-def test_attention_of_a_block_equals_a_loop_in_float64():
-    torch.manual_seed(0)
-    block, x, memory = nt.Block(32).double(), torch.randn(2, 5, 32, dtype=torch.double), torch.randn(2, 3, 32, dtype=torch.double)
-    rows = []
+    reader = Reader(32).double()
+    x, memory, rows = torch.randn(2, 5, 32).double(), torch.randn(2, 3, 32).double(), []
     for queries, inputs in zip(x, memory):
-        k, v = block.kv(nt.norm(inputs)).chunk(2, -1)
+        k, v = reader.kv(nano_tok.norm(inputs)).chunk(2, -1)
         for query in queries:
-            q, parts = block.q(nt.norm(query)), []
+            q, parts = reader.q(nano_tok.norm(query)), []
             for head in (slice(0, 16), slice(16, 32)):
-                scores = torch.stack([nt.norm(q[head]) @ nt.norm(k[j, head]) / 2 for j in range(3)])
-                parts.append(sum(w * v[j, head] for j, w in enumerate(torch.softmax(scores, 0))))
-            rows.append(query + block.proj(torch.cat(parts)))
-    torch.testing.assert_close(block(x, memory).flatten(0, 1), torch.stack(rows))  # the mlp starts as zero
+                scores = torch.stack([nano_tok.norm(q[head]) @ nano_tok.norm(k[j, head]) / 2 for j in range(3)])
+                parts.append(scores.softmax(0) @ v[:, head])
+            rows.append(query + reader.proj(torch.cat(parts)))
+    torch.testing.assert_close(reader(x, memory).flatten(0, 1), torch.stack(rows))  # the mlp starts as zero
 
 
-def test_queries_read_a_set_of_inputs_and_no_query_reads_another():
-    """Inputs swapped together with their places change nothing; an output is the same whichever other queries stand beside it."""
+def test_queries_read_a_set_and_no_query_reads_another():
+    """Inputs swapped with their places change nothing; an output is the same whichever queries stand beside it."""
     torch.manual_seed(0)
-    queries, x = nt.Queries(6, 4, 16, blocks=2), torch.randn(2, 6, 16)
+    queries, other, x = Queries(6, 4, 16, blocks=2), Queries(6, 2, 16, blocks=2), torch.randn(2, 6, 16)
     for block in queries.blocks:
-        nt.nn.init.normal_(block.down.weight, std=0.1)
+        nn.init.normal_(block.down.weight, std=0.1)
     y, order = queries(x), torch.tensor([3, 1, 5, 0, 2, 4])
     assert y.shape == (2, 4, 16) and not torch.allclose(y[0], y[1])
-    other = nt.Queries(6, 2, 16, blocks=2)
-    other.load_state_dict(queries.state_dict() | {"input_places": queries.input_places[order], "queries": queries.queries[[3, 1]]})
+    other.load_state_dict(queries.state_dict() | {"places": queries.places[order], "queries": queries.queries[[3, 1]]})
     torch.testing.assert_close(other(x[:, order]), y[:, [3, 1]])
     assert not torch.allclose(queries(x[:, order]), y, atol=1e-3)  # but it does matter where an input stands
 
 
-def test_every_matrix_of_a_block_belongs_to_muon_and_nothing_else_does():
-    for kind in (dict(), dict(layout="1d"), dict(layout="1d", mixer="dense")):
-        model = nt.Tokenizer(tiny(**kind))
-        muon, adam = ({id(p) for p in o.param_groups[0]["params"]} for o in nt.make_optimizers(model, tiny(**kind), torch.float32))
-        for name, p in model.named_parameters():
-            inside = any(part in name for part in (".0.", "blocks.", "gather.first", "gather.second", "gather.narrow", "gather.widen",
-                                                   "scatter.first", "scatter.second", "scatter.narrow", "scatter.widen"))
-            assert (id(p) in muon) == inside and (id(p) in adam) != inside, name
-
-
-@pytest.mark.parametrize("mixer", ["queries", "dense"])
-@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
-def test_every_prefix_decodes_and_ignores_the_tail(quantizer, mixer):
+def test_a_residual_block_is_the_identity_at_first_and_two_convolutions_then():
     torch.manual_seed(0)
-    model = nt.Tokenizer(tiny(layout="1d", quantizer=quantizer, mixer=mixer)).eval()
-    nt.nn.init.normal_(model.quantizer.codes) if quantizer == "vq" else None
-    tokens = torch.randint(model.size, (3, 4))
-    pictures = []
-    for n in range(1, 5):
-        other = tokens.clone()
-        other[:, n:] = torch.randint(model.size, other[:, n:].shape)
-        pictures.append(model.decode(tokens, n))
-        assert torch.equal(pictures[-1], model.decode(other, n))
-    assert all(not torch.equal(a, b) for a, b in zip(pictures, pictures[1:]))
+    block, x = Residual(16), torch.randn(2, 16, 8, 8)
+    assert block(x).equal(x)
+    nn.init.normal_(block.second)
+    first, second = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+    first.weight.data, second.weight.data = block.first.view(16, 16, 3, 3), block.second.view(16, 16, 3, 3)
+    torch.testing.assert_close(block(x), x + second(first(x.relu()).relu()))
 
 
-def test_rvq_prefix_is_the_sum_of_the_first_codebooks():
-    torch.manual_seed(0)
-    model = nt.Tokenizer(tiny(quantizer="rvq", depth=3)).eval()
-    nt.nn.init.normal_(model.quantizer.codes)
-    index = torch.randint(16, (2, 64, 3))
-    tokens = (index + torch.arange(3) * 16).flatten(1)
-    torch.testing.assert_close(model.decode(tokens, 2), model.paint_codes(model.quantizer.codes[0][index[..., 0]] + model.quantizer.codes[1][index[..., 1]]).clamp(0, 1))
+# --- training --------------------------------------------------------------------------------------------
+def settings(**changed):
+    return SimpleNamespace(**{"seed": 0, "lr": 0.02, "steps": 100, "batch": 8, **changed})
 
 
+def few_images(n=8):
+    images, labels = nano_tok.glyphs(n, 0)
+    return SimpleNamespace(train_images=images, train_labels=labels, test_images=images, test_labels=labels, classes=10)
+
+
+@pytest.mark.parametrize("kind", [("vq", 0), ("fsq", 0), ("vq", 4)])
+def test_learns_eight_images(kind):
+    """The whole path learns: 512 bits, 506 and 16 bits for each of eight images."""
+    model, data = tiny(*kind), few_images()
+    before = nano_tok.psnr(data.train_images.float().mean(0).expand(8, -1, -1), data.train_images)
+    history = nano_tok.train(settings(), model, data)
+    assert [entry["step"] for entry in history] == [20, 40, 60, 80, 100] and not model.training
+    assert history[-1]["rpsnr"] > before + 4, (before, history)
+    assert history[-1]["error"] < 0.3 < history[0]["error"]
+
+
+def test_what_a_training_step_moves(tmp_path):
+    """Each parameter has one optimizer, Muon those of the blocks; the codes have none; rates fall to 0 on a line."""
+    for kind in (("rvq", 0), ("vq", 4)):
+        model = tiny(*kind)
+        muon, adam = (o.param_groups[0]["params"] for o in nano_tok.make_optimizers(model, settings(), torch.float32))
+        inside = {name for name, p in model.named_parameters() if any(p is q for q in muon)}
+        assert inside == {name for name, _ in model.named_parameters() if re.search(r"coder\.0|blocks", name)}
+        assert sorted(id(p) for p in muon + adam) == sorted(id(p) for p in model.parameters())
+        assert not any("quantizer" in name for name, _ in model.named_parameters())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    nano_tok.train(settings(lr=1e-3, steps=10), model, few_images(), path=tmp_path / "a.pt")
+    assert not [name for name, value in model.state_dict().items() if value.equal(before[name])]
+    rates = [saved["param_groups"][0]["lr"] for saved in torch.load(tmp_path / "a.pt")["optimizers"]]
+    torch.testing.assert_close(rates, [1e-4, 0.5e-4], rtol=1e-9, atol=0)
+
+
+KILLER = """
+import os, signal, torch, nano_tok
+saves, true_save = [], torch.save
+def save(state, file):
+    true_save(state, file)
+    saves.append(file)
+    if len(saves) == 3:  # at step 6 of 10: a part of the file, and the process is gone
+        file.truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+nano_tok.main()
+"""
+
+
+def exact(state):
+    """Nested dicts and lists with every tensor as a list, so that == means bit for bit."""
+    if isinstance(state, dict):
+        return {name: exact(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [exact(value) for value in state]
+    return state.tolist() if isinstance(state, torch.Tensor) else state
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_resume_is_bit_identical_even_after_a_kill_in_the_middle_of_a_write(tmp_path):
+    argv = ["train", "--steps", "10", "--queries", "4", *TINY]   # queries: restarts and lengths are drawn, too
+    nano_tok.main([*argv, "--out", str(tmp_path / "straight")])
+    killed = ["--out", str(tmp_path / "killed")]
+    ended = subprocess.run([sys.executable, "-c", KILLER, *argv, *killed], cwd=FOLDER, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert torch.load(tmp_path / "killed" / "last.pt")["step"] == 4    # the old file, whole
+    nano_tok.main(["train", "--resume", "--device", "cpu", *killed])  # the other flags come from the checkpoint
+    a, b = (torch.load(tmp_path / name / "last.pt") for name in ("straight", "killed"))
+    for key in ("model", "optimizers", "step", "history"):
+        assert exact(a[key]) == exact(b[key]), key
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
+    argv = ["train", "--out", str(tmp_path), "--steps", "4", *TINY]
+    nano_tok.main(argv)
+    before, true = (tmp_path / "last.pt").read_bytes(), nano_tok.F.mse_loss
+    monkeypatch.setattr(nano_tok.F, "mse_loss", lambda *inputs: true(*inputs) * math.nan)
+    assert "the loss is nan at step 1" in stopped(argv, capsys)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+# --- settings, main, export ------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """60 pictures of bright bars, three classes: enough to learn from in a few steps"""
-    rng = np.random.default_rng(0)
-    pictures, labels = np.zeros((60, 28, 28), np.uint8), np.arange(60) % 3
-    for picture, label in zip(pictures, labels):
-        at = int(rng.integers(4, 20))
-        picture[:, at:at + 4] = 255 if label == 0 else 0
-        picture[at:at + 4] = np.maximum(picture[at:at + 4], 200 if label == 1 else 60)
-    path = tmp_path_factory.mktemp("data") / "bars.npz"
-    np.savez(path, images=pictures, labels=labels)
-    return str(path)
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    return out, nano_tok.main(["--steps", "3", "--queries", "4", "--out", str(out), *TINY])
 
 
-def arguments(images, out, *more):
-    return ["--data", images, "--out", str(out), "--width", "16", "--codebook", "16", "--steps", "8", "--batch", "8", "--eval-every", "4",
-            "--precision", "fp32", "--device", "cpu", "--samples", "10", *more]
+def test_main_writes_everything(trained):
+    out, metrics = trained
+    assert {path.name for path in out.iterdir()} == {"last.pt", "tokens.npz", "bpe.json", "metrics.json", "reconstructions.png"}
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    names = """seconds params seed rpsnr usage perplexity bits_per_image tokens_per_image mean_image_psnr images_per_second
+        bpe_vocab bpe_train_seconds bpe_mb_per_second bpe_bytes_per_token""".split()
+    assert all(math.isfinite(metrics[name]) for name in names) and metrics["device"] == "cpu"
+    assert (metrics["bits_per_image"], metrics["tokens_per_image"]) == (16, 4)
+    assert list(metrics["prefix_psnr"]) == ["1", "2", "4"] and metrics["prefix_psnr"]["4"] == metrics["rpsnr"]
 
 
-def test_main_end_to_end_export_and_files(images, tmp_path):
-    from PIL import Image
-    out = tmp_path / "run"
-    metrics = nt.main(arguments(images, out, "--layout", "1d", "--tokens", "4"))
-    for name in ("usage", "perplexity", "rpsnr", "rfd", "pfd", "gfd_floor", "bits_per_image", "seconds", "peak_memory_mb", "params"):
-        assert math.isfinite(metrics[name]), name
-    assert metrics["bits_per_image"] == 16 and list(metrics["prefix_psnr"]) == ["1", "2", "4"]
-    assert json.loads((out / "metrics.json").read_text())["rpsnr"] == metrics["rpsnr"]
-    for name in ("reconstructions", "detail", "codes", "rate_distortion"):
-        assert (out / f"{name}.png").stat().st_size > 5000
-
-    state = nt.load_checkpoint(out / "best.pt")  # what nano_ar reads gives the pictures that our own decoder gives
-    model = nt.Tokenizer(nt.Config(**state["config"]))
-    model.load_state_dict(state["model"])
-    data = nt.load_images(images, 0)
-    exported = np.load(out / "tokens.npz")
-    tokens = torch.from_numpy(exported["test_tokens"]).long().view(len(data.test), 4)
-    assert torch.equal(tokens, nt.tokenize(model.eval(), data.test).view(-1, 4))
-
-    Image.fromarray(data.test[0].numpy()).save(tmp_path / "bar.png")
-    nt.main(["encode", "--out", str(out), "--input", str(tmp_path / "bar.png")])
-    written = json.loads((out / "bar.tokens.json").read_text())
-    assert written["tokens"] == tokens[0].tolist()
-    nt.main(["decode", "--out", str(out), "--input", str(out / "bar.tokens.json")])
-    assert torch.equal(torch.from_numpy(np.array(Image.open(out / "bar.png"))), nt.rebuild(model, nt.tokenize(model, data.test[:1]))[0])
-    (out / "bar.tokens.json").write_text('{"tokens": [1, 2, 3, 16]}')
-    with pytest.raises(nt.UserError, match="4 integers from 0 to 15"):
-        nt.main(["decode", "--out", str(out), "--input", str(out / "bar.tokens.json")])
+def test_eval_and_a_second_run_give_the_same_metrics(trained, tmp_path):
+    again = nano_tok.main(["--steps", "3", "--queries", "4", "--out", str(tmp_path), *TINY])
+    (tmp_path / "tokens.npz").unlink()
+    alone = nano_tok.main(["eval", "--out", str(tmp_path), "--device", "cpu"])
+    assert set(again) - set(alone) == {"images_per_second", *(name for name in again if name.startswith("bpe"))}
+    for name in set(alone) - {"seconds"}:
+        assert alone[name] == again[name] == trained[1][name], name
+    first, second = (np.load(folder / "tokens.npz") for folder in (trained[0], tmp_path))
+    assert all(first[name].tolist() == second[name].tolist() for name in first)
 
 
-@pytest.mark.parametrize("more", [[], ["--layout", "1d", "--tokens", "4", "--perturb", "0.5"]])
-def test_resume_is_exact(images, tmp_path, more, monkeypatch):
-    nt.main(["train", *arguments(images, tmp_path / "whole", *more)])
-    calls, update = [], nt.Progress.update
-
-    def stop_at_five(self, *args, **values):
-        calls.append(1)
-        if len(calls) == 5:
-            signal.raise_signal(signal.SIGINT)
-        update(self, *args, **values)
-
-    monkeypatch.setattr(nt.Progress, "update", stop_at_five)
-    with pytest.raises(KeyboardInterrupt, match="step 5"):
-        nt.main(["train", *arguments(images, tmp_path / "parts", *more)])
-    monkeypatch.setattr(nt.Progress, "update", update)
-    nt.main(["train", *arguments(images, tmp_path / "parts", *more), "--resume"])
-    whole, parts = (nt.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+@pytest.mark.parametrize("kind", [("rvq", 0), ("fsq", 4)])
+def test_nano_ar_takes_the_tokens(kind):
+    """Two steps of its training, four images drawn and decoded; the arrays are those of encode."""
+    model, data = tiny(*kind), few_images(16)
+    model(data.train_images / 255, seeded(0))
+    tokens = nano_tok.export(model.eval(), data)
+    assert tokens.train_tokens.equal(encode(data.train_images, model)) and tokens.classes == 10
+    assert tokens.decode(tokens.test_tokens).equal(decode(tokens.test_tokens, model))
+    assert tokens.rows * tokens.columns == tokens.train_tokens.shape[1]
+    assert tokens.train_tokens.max() < tokens.codebook_size == model.quantizer.depth * model.quantizer.size
+    gpt = nano_ar.GPT(tokens.codebook_size, 10, tokens.rows, tokens.columns, 32, 1, 1)
+    config = settings(steps=2, guidance=1.0, temperature=1.0, top_p=1.0)
+    history = nano_ar.train(config, gpt, tokens)
+    assert history[0]["test"] < gpt.length * math.log(tokens.codebook_size) * 1.1
+    assert nano_ar.draw(config, gpt, torch.arange(4), tokens.decode).shape == (4, 32, 32)
 
 
-def test_codecs_spend_more_for_less_error():
-    images = nt.glyphs(20, 0)[0]
-    for kind in ("JPEG", "WEBP"):
-        curve = nt.codec_curve(images, kind, (5, 50, 90))
-        assert all(0 < inner < whole for whole, inner, _ in curve)
-        assert all(a < b for i in range(3) for a, b in zip([c[i] for c in curve], [c[i] for c in curve][1:]))
+def test_tokens_npz_holds_the_export(trained):
+    model = nano_tok.build(SimpleNamespace(**torch.load(trained[0] / "last.pt")["config"]))
+    model.load_state_dict(torch.load(trained[0] / "last.pt")["model"])
+    data = nano_tok.load_data(SimpleNamespace(data=TINY[1], seed=0))
+    tokens, written = nano_tok.export(model.eval(), data), np.load(trained[0] / "tokens.npz")
+    for name in written:
+        assert torch.as_tensor(getattr(tokens, name)).tolist() == written[name].tolist(), name
+    assert set(written) == set(vars(tokens)) - {"train_images", "test_images", "decode", "classes"}
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--quantizer", "lfq", "--codebook", "100"], "power of two"),
-    (["--quantizer", "fsq", "--levels", "8,1"], "--levels 8,1"),
-    (["--quantizer", "rvq", "--cosine"], "--cosine"),
-    (["--quantizer", "fsq", "--learned-codebook"], "no codebook"),
-    (["--width", "20"], "multiple of 16"),
-    (["--steps", "0"], "--steps must lie between"),
-    (["--colour", "red"], "--colour"),
-    (["--data", "missing.npz"], "missing.npz"),
-    (["encode", "--input", "x.png"], "no checkpoint"),
-    (["bpe", "--data", "missing.txt"], "missing.txt"),
-    (["bpe", "--vocab", "100"], "--vocab"),
-])
-def test_user_errors_are_one_readable_line(argv, words, tmp_path):
-    with pytest.raises(nt.UserError, match=words) as error:
-        nt.main([*argv, "--out", str(tmp_path / "out")])
-    assert "\n" not in str(error.value)
+def test_a_notebook_adds_a_quantizer_by_one_line(tmp_path, monkeypatch):
+    class Signs(nn.Module):
+        size, dim, depth = 16, 4, 1
+
+        def forward(self, z, rng=None):
+            index = ((z > 0) << torch.arange(4)).sum(-1, keepdim=True)
+            return nano_tok.straight_through(z, self.lookup(index)), index, z.new_zeros(())
+
+        def lookup(self, index):
+            return (index >> torch.arange(4) & 1) * 2.0 - 1
+
+    monkeypatch.setitem(nano_tok.QUANTIZERS, "signs", lambda config: Signs())
+    metrics = nano_tok.main(["--quantizer", "signs", "--steps", "2", "--out", str(tmp_path), *TINY])
+    assert metrics["bits_per_image"] == 256 and (tmp_path / "codes.png").exists()
 
 
-def test_text_that_is_not_utf8_needs_bytes(tmp_path):
-    (tmp_path / "t.txt").write_bytes(b"caf\xe9 " * 50)
-    with pytest.raises(nt.UserError, match="byte 3 is not UTF-8"):
-        nt.main(["bpe", "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "o")])
-    metrics = nt.main(["bpe", "--data", str(tmp_path / "t.txt"), "--out", str(tmp_path / "o"), "--bytes", "--vocab", "300"])
-    assert metrics["bpe_vocab"] < 300  # five different bytes do not have that many merges
+def test_bpe_alone_needs_no_checkpoint_and_takes_any_file(tmp_path, capsys):
+    (tmp_path / "t").write_bytes(b"caf\xe9 " * 50)               # not UTF-8
+    metrics = nano_tok.main(["bpe", "--text", str(tmp_path / "t"), "--vocab", "300", "--out", str(tmp_path / "o")])
+    assert metrics["bpe_vocab"] < 300                            # five bytes do not have that many merges
+    merges = json.loads((tmp_path / "o" / "bpe.json").read_text())
+    assert [tuple(pair) for pair in merges] == train_bpe((b"caf\xe9 " * 50)[:225], 300)
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["bpe.json"]
 
 
-def test_command_line_exits_with_2_and_one_line(tmp_path):
-    done = subprocess.run([sys.executable, nt.__file__, "--levels", "x", "--out", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("nano_tok: error: --levels x") and done.stderr.count("\n") == 1
+def test_usual_mistakes_cost_one_line_and_nothing_else(trained, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in trained[0].iterdir()}
+    (tmp_path / "last.pt").write_bytes(before[trained[0] / "last.pt"][:1000])
+    for said, argv in {"--quantiser": ["--quantiser=vq"], "lr nan": ["--lr", "nan"], "vq, rvq, fsq": ["--quantizer", "pq"],
+                       "multiple of 16": ["--width", "20"], "--levels 8,2": ["--quantizer", "fsq", "--levels", "8,2"],
+                       "--levels 8,x": ["--levels", "8,x"], "missing.npz": ["--data", "missing.npz"],
+                       "missing.txt": ["--text", "missing.txt"], "--vocab 100": ["--vocab", "100"],
+                       "--codebook 32": ["--resume", "--codebook", "32"], "train first": ["eval", "--out", str(tmp_path / "new")],
+                       "is broken": ["eval", "--out", str(tmp_path)]}.items():
+        part = ["bpe"] if "txt" in said or "vocab" in said else []
+        assert said in stopped([*part, "--out", str(trained[0]), *argv], capsys), argv
+    assert before == {path: path.read_bytes() for path in trained[0].iterdir()}
+    command = [sys.executable, "nano_tok.py", "--steps", "x"]    # as a user starts it
+    ended = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == "" and ended.stderr.count("\n") == 1
