@@ -162,7 +162,8 @@ def spread(distance, n, rng):
     There a new code helps most. At random it would fall where most points are, and on MNIST most cells are
     black: fifty codes for nothing. (k-means++ draws its start so: Arthur & Vassilvitskii 2007.)
     """
-    weights = distance.float().cpu() + 1e-12            # all zero when each point has a code of its own
+    # all 0 when each point has a code of its own; nan in a run that diverges, which its report will tell
+    weights = distance.float().cpu().nan_to_num(0, 0) + 1e-12
     return torch.multinomial(weights, n, replacement=n > len(weights), generator=rng).to(distance.device)
 
 
@@ -337,7 +338,7 @@ class Reader(nn.Module):
         q = self.q(norm(x)).unflatten(2, (-1, 16)).transpose(1, 2)        # heads of 16: (B, H, N, 16)
         kv = self.kv(norm(memory)).unflatten(2, (2, -1, 16))             # (B, M, 2, H, 16)
         k, v = kv.permute(2, 0, 3, 1, 4)                                  # (B, H, M, 16) each
-        # scores up to 16 * 0.5 = 8: with the usual 16^-0.5 = 0.25 queries look everywhere for long
+        # scores up to 16 * 0.5 = 8, twice the usual 16^-0.5 * 16 = 4: queries can single a cell out sooner
         y = kernels.attention(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=0.5)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
@@ -347,8 +348,8 @@ class Queries(nn.Module):
     """x (B, inputs, W) -> (B, outputs, W): learned queries read the inputs; what they hold then is kept.
 
     As in TiTok. In the encoder K queries read 64 cells; in the decoder 64 queries, its "mask tokens", read K
-    tokens. (TiTok lets inputs and queries see one another in every layer: more work, no gain beside
-    convolutions.)
+    tokens. (In TiTok inputs and queries all see one another, in every layer; here convolutions mix the cells,
+    and the queries only read.)
     """
 
     def __init__(self, inputs, outputs, width, blocks):
@@ -399,8 +400,8 @@ class Tokenizer(nn.Module):
         """float (B, 32, 32) in 0 .. 1 -> z (B, T, C), each number of mean 0 and variance 1 over a batch.
 
         Why fix it: FSQ's levels lie at fixed places, and a commitment to codes 0.1 away is another loss than
-        one to codes 10 away. With queries each token has means of its own, K C in all: else each
-        settles in its own region of the codebook, and of 256 codes it could use but a few.
+        one to codes 10 away. With queries each token has means and variances of its own, K C in all: else
+        each would settle in its own region of the one codebook, and use but a few of the 256 codes.
         """
         cells = norm(self.encoder(self.stem(images[:, None])).flatten(2).mT)  # (B, W, 8, 8) to (B, 64, W)
         z = self.to_code(self.gather(cells)).float()                          # (B, T, C)
@@ -429,7 +430,10 @@ class Tokenizer(nn.Module):
 
 @torch.no_grad()
 def encode(images, model):
-    """uint8 images (N, 32, 32) -> tokens (N, T D), on the CPU. Codebook d has the integers from d V on."""
+    """uint8 images (N, 32, 32) -> tokens (N, T D), on the CPU. Codebook d has the integers from d V on.
+
+    Call model.eval() first, as `train` does at its end: in training mode the codes would move.
+    """
     quantizer, tokens, device = model.quantizer, [], model.stem.weight.device
     for part in images.split(500):
         index = quantizer(model.latents(part.to(device) / 255))[1]                     # (500, T, D)
@@ -470,8 +474,9 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None):
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-    # the error of a grey image is 1 then: the commitment weighs the same on any data
+    # so an image of nothing but the mean grey has error 1, and the commitment weighs the same on any data
     variance = (data.train_images / 255).var().item()
+    model.train()                                       # the mode in which the codes move, too
     every, losses, begun = max(1, config.steps // 5), [], time.time() - seconds
     bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
     for step in bar:
@@ -862,7 +867,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "width": (64, 16, "channels of the networks, a multiple of 16: a head has 16 numbers"),
     "blocks": (1, 1, "residual blocks in the encoder and in the decoder"),
     "steps": (1000, 1, "optimizer steps; the learning rate falls to 0 over them, so none can be added"),
-    "batch": (128, 1, "images per step"),
+    "batch": (128, 2, "images per step"),
     "lr": (0.02, 0, "learning rate of Muon; AdamW takes half of it"),
 }
 PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, lr=0.005)}
@@ -1025,7 +1030,7 @@ def main(argv=None):
 
 
 def print_summary(m, size):
-    sick = "" if m.usage > 0.9 else "   COLLAPSED: most codes are never chosen; lower --code-dim or --lr"
+    sick = "" if m.usage > 0.5 else "\n             COLLAPSED: most are never chosen. Lower --lr, or train on"
     print(f"""
 size         {m.tokens_per_image} tokens, {m.bits_per_image:.0f} bits an image; pixels: 8,192 bits
 quality      {m.rpsnr:.2f} dB; the mean image alone {m.mean_image_psnr:.2f} dB

@@ -383,7 +383,7 @@ def test_learns_eight_images(kind):
     """The whole path learns: 512 bits, 506 and 16 bits for each of eight images."""
     model, data = tiny(*kind), few_images()
     before = nano_tok.psnr(data.train_images.float().mean(0).expand(8, -1, -1), data.train_images)
-    history = nano_tok.train(settings(), model, data)
+    history = nano_tok.train(settings(), model.eval(), data)   # train sets the mode itself
     assert [entry["step"] for entry in history] == [20, 40, 60, 80, 100] and not model.training
     assert history[-1]["rpsnr"] > before + 4, (before, history)
     assert history[-1]["error"] < 0.3 < history[0]["error"]
@@ -449,6 +449,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, caps
     monkeypatch.setattr(nano_tok.F, "mse_loss", lambda *inputs: true(*inputs) * math.nan)
     assert "the loss is nan at step 1" in stopped(argv, capsys)
     assert (tmp_path / "last.pt").read_bytes() == before
+    monkeypatch.undo()
+    assert "lower --lr" in stopped([*argv, "--lr", "1e12"], capsys)  # nan in weights and codes, too
 
 
 # --- settings, main, export ------------------------------------------------------------------------------
