@@ -13,7 +13,7 @@ BLOCK = re.compile(r"^# --- shared: (\w+)\n(.*?)^# --- end shared$", re.S | re.M
 
 
 def in_long_form(text):
-    """nano_var and nano_spec still have the blocks of their long first form, equal among themselves."""
+    """nano_var still has the blocks of its long first form."""
     return "# --- shared: config" in text
 
 
