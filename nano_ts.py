@@ -11,10 +11,11 @@ things differ: how many steps one call emits (S), and how it reads the history.
 
     S = 1     repeat, AR(p), seasonal AR (sar), AR-Net    a weight per lag: least squares or gradient descent
     S = P     seasonal naive (snaive)                     nothing fitted; P is the season, 24 rows for hours
-    S = 4 P   ridge, iTransformer, segment decoder        linear; attention over columns; a GPT over days
+    S = 96    ridge, iTransformer, segment decoder        linear; attention over columns; a GPT over days
 
 The parts of the file: the roll-out; linear models; nets; training; evaluation and intervals; then series, any
-CSV, the table of all models, the forecast, pictures, settings.
+CSV, the ladder (all models on one series, simplest first), the forecast, pictures, settings. What stands
+between `# --- shared: fetch` and `# --- end shared` is the same, word for word, in other scripts.
 
 Papers: AR (Yule 1927; Box & Jenkins 1970). AR-Net (Triebe et al. 2019, arXiv:1911.12436). Why a linear rival
 belongs beside every transformer (Zeng et al. 2023, arXiv:2205.13504; Toner & Darlow 2024, arXiv:2403.14587).
@@ -128,12 +129,13 @@ def fit_lags(table, lags, lookback, chunk=1, ridge=1e-6, centre=True):
     """
     enough(table, lookback + chunk)
     lags, XX, XY = torch.as_tensor(list(lags)), 0, 0
-    for w in windows(table.cpu().double(), lookback + chunk).split(1024):
+    for w in windows(table.cpu().double(), lookback + chunk).split(1024):  # all at once could fill memory
         level = w[..., :lookback].mean(-1, keepdim=True) if centre else 0  # the past alone, as in a forecast
         X = (w[..., lookback - lags] - level).flatten(0, 1)    # (1024 C, n): a column is one more series,
         Y = (w[..., lookback:] - level).flatten(0, 1)          # (1024 C, S)  all share the weights
         XX, XY = XX + X.T @ X, XY + X.T @ Y
     # Neighbouring lags look alike, so X'X is nearly singular; a little on its diagonal keeps weights small.
+    # Columns that never move make X'X zero: 1e-9 gives even that a solution, weights of 0.
     XX += (ridge * XX.diagonal().mean() + 1e-9) * torch.eye(len(XX), dtype=XX.dtype)
     return stabilise(LagModel(lags, torch.linalg.solve(XX, XY), lookback, centre))
 
@@ -144,6 +146,7 @@ def stabilise(model):
     Least squares looks one step ahead and does not mind a radius of 1.01, but 1.01^720 is 1,300. A centred
     rule keeps one eigenvalue at 1, its level. 1.0005^720 is 1.4 and may stay: a clean daily wave has
     eigenvalues *on* the circle, estimates lie just beside it, and to shrink them costs more than it saves.
+    Why a loop? Without centre one round is exact; the share of m does not shrink along, so look again.
     """
     while model.chunk == 1 and (radius := model.radius()) > 1.0005:
         weight = model.weight * (0.9999 / radius) ** model.lags[:, None]
@@ -178,7 +181,7 @@ class ARNet(nn.Module):
     """AR(p) as a net (Triebe et al. 2019): one linear layer on the last p values, fitted by gradient descent.
 
     What it has over least squares is the penalty. `sparsity`, the paper's s, is the share of lags expected to
-    matter: .3 means that 7 lags in 10 should end near 0.
+    matter: .3 means that 7 lags in 10 should end near 0. lambda = .02 (1/s - 1) is the paper's code's.
     """
     mixes_columns, chunk = False, 1
 
@@ -309,6 +312,7 @@ class SegmentDecoder(nn.Module):
 def train(model, table, recipe, config, path=None):
     """Fit a net to random windows of the rows of `table` (T, C), scaled -> the loss of every step.
 
+    recipe: steps, windows in a step, highest learning rate. path: where to save every 100 steps, if anywhere.
     AdamW; 20 steps of warm-up, then a cosine to zero, so that the last weights are the model and nothing has
     to be selected. All chance is a function of (seed, step): resumed from `path`, the run is bit for bit the
     run that was never stopped, and no state of a generator has to be kept.
@@ -317,7 +321,7 @@ def train(model, table, recipe, config, path=None):
     enough(table, model.lookback + model.chunk)
     data = windows(table, model.lookback + model.chunk)        # (n, C, L + S), still a view
     if not model.mixes_columns:
-        data = data.flatten(0, 1)[:, None]              # (n C, 1, L + S): every column is a series of its own
+        data = data.flatten(0, 1)[:, None]              # (n C, 1, L + S), a view: a column is one more series
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     shaped_by = ("data", "target", "period", "seed", "width", "layers")
     made_with = {"recipe": list(recipe), "table": list(table.shape)}        # what has shaped the weights
@@ -369,7 +373,7 @@ def errors(models, table, observed, starts, horizon):
     """Forecast - truth (N, C, H). The forecast for `start` sees rows before `start` and nothing else.
 
     table (T, C) is without holes, for the models; observed (T, C) is NaN where nothing was measured, and so
-    is the error there and beyond the last row.
+    is the error there and beyond the last row: a start near the end still serves the short horizons.
     """
     L = max(model.lookback for model in models)                # each model cuts off what it does not read
     history = windows(table, L)                                # history[i] is the rows i .. i + L - 1
@@ -444,29 +448,31 @@ def generate(rows, seed):
     return 20 + x[2000:]                                       # without the start, which came from nothing
 
 
-ETT = {  # file; its SHA-1 as a git blob, which is what the publisher's repository lists; rows a day
-    "etth1": ("ETTh1.csv", "a52c4925778c07c1ef1a2cf6fd01594919717d9e", 24),
-    "etth2": ("ETTh2.csv", "6e3760778598fdee5208213d3fce122637307eec", 24),
-    "ettm1": ("ETTm1.csv", "62c9f979e2dc5b05d9cc5b38891e60e6baf77417", 96),
-    "ettm2": ("ETTm2.csv", "f9d46027c987d442d2d8f81308d1d8c4d1d35db8", 96)}
+ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
+ETT = {  # file, checksum, rows a day
+    "etth1": ("ETTh1.csv", "md5:8381763947c85f4be6ac456c508460d6", 24),
+    "etth2": ("ETTh2.csv", "md5:51a229a3fc13579dd939364fefe9c7ab", 24),
+    "ettm1": ("ETTm1.csv", "md5:82d6bd89109c63d075d99c1077b33f38", 96),
+    "ettm2": ("ETTm2.csv", "md5:7687e47825335860bf58bccb31be0c56", 96)}
 
 
-def find_ett(name, sha1):
-    """Path of an ETT file: in $NANO_DATA or data/, else downloaded, verified, and only then named so."""
-    path = pathlib.Path(os.environ.get("NANO_DATA", "data"), name)
-    if path.exists():
-        return path
-    try:
-        url = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/" + name
-        content = urllib.request.urlopen(url, timeout=30).read()
-        if hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != sha1:
-            raise OSError("the file is damaged")
+# --- shared: fetch
+def fetch(folder, name, url, checksum):
+    """Path of a data file: in $NANO_DATA or data/, else downloaded there, checked, only then given its name.
+
+    checksum: "md5:..." or "sha256:...". A file that lies there already is the user's own and is not checked.
+    """
+    path = pathlib.Path(os.environ.get("NANO_DATA", "data"), folder, name)
+    if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        content = urllib.request.urlopen(url + name, timeout=30).read()
+        kind, digest = checksum.split(":")
+        if hashlib.new(kind, content).hexdigest() != digest:
+            raise OSError(f"what came from {url}{name} is damaged")
         path.with_suffix(".part").write_bytes(content)
-        os.replace(path.with_suffix(".part"), path)
-    except OSError as error:
-        fail(f"cannot download {url} ({error}): put {name} into data/ or the folder that $NANO_DATA names")
+        os.replace(path.with_suffix(".part"), path)              # atomic
     return path
+# --- end shared
 
 
 def load_series(config):
@@ -477,12 +483,13 @@ def load_series(config):
         dates = [datetime(2024, 1, 1) + timedelta(hours=t) for t in range(6000)]
         return Series("known", list("abcd"), dates, timedelta(hours=1), generate(6000, config.seed),
                       config.period or 24)
-    name, sha1, per_day = ETT.get(config.data, (config.data, "", 0))    # any other word is a path
+    name, checksum, per_day = ETT.get(config.data, (config.data, "", 0))    # any other word is a path
     try:
-        path = find_ett(name, sha1) if per_day else pathlib.Path(name)
+        path = fetch("", name, ETT_URL, checksum) if per_day else pathlib.Path(name)
         columns, dates, step, table = read_csv(path, config.target, config.dates)
     except (OSError, ValueError) as error:
-        fail(f"--data {config.data}: {error}")
+        where = f"; or put {name} into data/ or the folder that $NANO_DATA names" if per_day else ""
+        fail(f"--data {config.data}: {error}{where}")
     # months of 30 days: 8640, 11520, 14400 hours, or 34560, 46080, 57600 quarters; the rest is not scored
     ends = tuple(months * 30 * per_day for months in (12, 16, 20)) if per_day else ()
     if ends and len(table) < ends[-1]:
@@ -495,8 +502,9 @@ def usual_period(dates, step):
     if not isinstance(dates[0], datetime):
         return 1
     # the clock alone decides: a season found in the numbers would have to look at test rows, or at a few rows
-    rows = 12 / step if isinstance(step, int) else 86400 / step.total_seconds()
-    rows = {1: 7, 1 / 7: 52}.get(rows, rows) if isinstance(step, timedelta) else rows
+    if step in (timedelta(days=1), timedelta(days=7)):
+        return 7 if step == timedelta(days=1) else 52
+    rows = 12 / step if isinstance(step, int) else timedelta(days=1) / step     # months, or hours and minutes
     return int(rows) if rows == int(rows) and 2 <= rows <= 400 else 1
 
 
@@ -514,7 +522,10 @@ def fill(table, period):
 
 
 def split(series, horizon):
-    """Rows where fitting, choosing and testing end: 70, 15, 15 percent, but room for windows of `horizon`."""
+    """Rows where fitting, choosing and testing end: 70, 15, 15 percent, but room for windows of `horizon`.
+
+    Room means 21 windows in each part, or horizon + 1 where that is less: bounds are made from their errors.
+    """
     n, part = len(series.table), max(int(0.15 * len(series.table)), horizon + min(horizon, 20))
     if n - 2 * part < max(2 * series.period + 2, 16):
         fail(f"{series.name}: {n} rows are too few to fit a season of {series.period} and to choose and test "
@@ -572,8 +583,9 @@ def find_clock(cells, form):
     parts = list(itertools.takewhile(lower.__contains__, ("year", "month", "day", "hour")))
     if not parts:
         return list(range(len(next(iter(cells.values())))))
-    rows = zip(*(cells.pop(lower[part]) for part in parts))
-    return [to_date(" ".join(row), "%Y %m %d %H"[:3 * len(parts) - 1]) for row in rows]
+    form = "%Y %m %d %H"[:3 * len(parts) - 1]                  # each part is two letters and a space
+    rows = zip(*(cells.pop(lower[part]) for part in parts))    # ("2010", "1", "2", "0"), ...
+    return [to_date(" ".join(row), form) for row in rows]
 
 
 def to_grid(dates, table):
@@ -682,6 +694,8 @@ def numbers(model):
 
 class Ladder:
     """A series and its models: fitted on rows before `first`, chosen on those before `middle`, then tested.
+
+    A ladder, because models are entered simplest first: a net has earned its place if it beats those below.
 
     All is scaled: minus the mean, divided by the (population) deviation of each column in the rows before
     `first`. Nothing behind that border, not even a mean, reaches a model before its forecast is due.
@@ -801,23 +815,14 @@ def new_figure(width, height, rows, columns):
 
 
 def draw_ladder(ladder, path):
-    """Left: error at each step ahead. Right: forecasts of the first column in the middle of the test."""
-    figure, axes = new_figure(11, 4.2, 1, 2)
-    left, right = axes[0]
-    ranked = sorted(ladder.rows, key=operator.itemgetter("mean"))
-    close = [row for row in ranked if row["mean"] < 2 * ranked[0]["mean"]]  # others would flatten the picture
-    for row in close:
-        style = {"color": "black", "ls": "--"} if row["name"] == "truth" else {}
-        left.plot(range(1, len(row["by_step"]) + 1), row["by_step"], label=row["name"], **style)
-    left.set(xlabel="steps ahead", ylabel="MSE, scaled", title="test error at each step", ylim=(0, None))
-    left.legend(fontsize=8, ncol=2, loc="lower right")
-    H, start = min(ladder.horizons[-1], 96), (ladder.middle + ladder.last) // 2  # one place, chosen blindly
-    right.plot(range(-H, H), ladder.observed[start - H:start + H, 0], color="0.4", label="measured")
-    for row in [row for row in close if row["name"] != "truth"][:3]:
-        made = predict(ladder.models(row["name"]), ladder.table[None, :start].mT, H)[0, 0]
-        right.plot(range(H), made.cpu(), label=row["name"])
-    right.set(xlabel="steps ahead", title=f"column {ladder.series.columns[0]}, forecast before row {start}")
-    right.legend(fontsize=8)
+    """Error at each step ahead: who is good at the next step, and who at the last?"""
+    figure, axes = new_figure(7, 4.2, 1, 1)
+    axis, best = axes[0, 0], min(row["mean"] for row in ladder.rows)
+    for row in ladder.rows:
+        if row["mean"] < 2 * best:                             # others would flatten the picture
+            axis.plot(range(1, len(row["by_step"]) + 1), row["by_step"], label=row["name"])
+    axis.set(xlabel="steps ahead", ylabel="MSE, scaled", title="test error at each step", ylim=(0, None))
+    axis.legend(fontsize=8, ncol=2, loc="lower right")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
 
@@ -930,7 +935,8 @@ def read_lists(config, part, series):
 
 def main(argv=None):
     """The command line -> the metrics, which are also written to OUT/metrics.json."""
-    began, (part, config) = time.time(), read_settings(argv)
+    began = time.time()
+    part, config = read_settings(argv)
     if not config.level < 1 or config.width % 4:
         fail(f"--level {config.level} must be below 1, --width {config.width} a multiple of 4 (the heads)")
     device, out = pick_device(config.device), pathlib.Path(config.out)

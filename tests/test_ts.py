@@ -1,6 +1,7 @@
 """nano_ts against oracles: closed forms, plain loops in float64, simulation, the protocol of ETTh1."""
 import csv
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -368,6 +369,20 @@ def test_files_of_the_shape_of_ett_run(name, minutes, ends, tmp_path, monkeypatc
     assert rows["sar"]["windows"]["8"] == ends[2] - ends[1] - 8 + 1
     write(tmp_path / ts.ETT[name][0], dated(wave[:500], "2016-07-01", minutes))
     assert "give the whole file" in stopped(argv, capsys)
+
+
+def test_a_download_is_checked_before_it_gets_its_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "web").mkdir()
+    content = dated([1, 2, 3])
+    write(tmp_path / "web" / "ETTh1.csv", content)
+    monkeypatch.setenv("NANO_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(ts, "ETT_URL", (tmp_path / "web").as_uri() + "/")
+    assert "ETTh1.csv is damaged; or put" in stopped(["eval", "--data", "etth1", "--out", str(tmp_path / "out")], capsys)
+    assert not list((tmp_path / "data").iterdir())
+    md5 = "md5:" + hashlib.md5(content.encode()).hexdigest()
+    assert ts.fetch("", "ETTh1.csv", ts.ETT_URL, md5).read_text(encoding="utf-8") == content
+    if ETTH1.exists():
+        assert ts.ETT["etth1"][1] == "md5:" + hashlib.md5(ETTH1.read_bytes()).hexdigest()
 
 
 # --- intervals -------------------------------------------------------------------------------------------
