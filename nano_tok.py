@@ -962,7 +962,10 @@ def run_as_program(main):
 
 
 def run_bpe(config, out):
-    """Byte pairs of nine tenths of a text, tested on the last -> metrics. OUT/bpe.json gets the merges."""
+    """Byte pairs of nine tenths of a text, tested on the last -> metrics.
+
+    OUT/bpe.json gets the merges: BPE(json.load(open(path))) reads them back.
+    """
     text = load_text(config.text)
     cut, clock = len(text) * 9 // 10, [time.perf_counter()]
     bpe = BPE(train_bpe(text[:cut], config.vocab))
