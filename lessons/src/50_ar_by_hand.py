@@ -9,8 +9,8 @@
 # 2. You see 300 values of A and want to find 1.8 and -0.9. You do not know that there are two weights, and allow 40. What is lost?
 # 3. A forecast of A two weeks ahead: is its error two weeks large, or does it stop growing somewhere?
 #
-# All the rest of the course predicts the next thing from the things before. Here the model is one line, so every question about it has
-# an exact answer: what it remembers, whether a roll-out explodes, how wrong step 48 will be. You compute all of it by hand.
+# All the rest of the course predicts the next thing from the things before. Here the model is one line, so every question about it has an exact
+# answer: what it remembers, whether a roll-out explodes, how wrong step 48 will be. You compute all of it by hand.
 
 # %%
 import sys
@@ -41,20 +41,20 @@ for axis, name, weights in zip(axes, "AB", (A, B)):
 plt.show()
 
 # %% [markdown]
-# B runs away: after 620 steps, 500 of them not shown, it has passed $10^{17}$. A swings, about six times in 120 steps, and nobody put a wave into it.
-# Single weights say nothing. What does?
+# B runs away: after 620 steps, 500 of them not shown, it has passed $10^{17}$. A swings, about six times in 120 steps, and nobody put a wave
+# into it. Single weights say nothing. What does?
 #
 # ## One step is a matrix
 #
-# Keep the last p values as a **state**, newest first: $s_t=(x_{t-1},\dots,x_{t-p})$. One step puts a weighted sum in front, moves the others back,
-# and forgets the last:
+# Keep the last p values as a **state**, newest first: $s_t=(x_{t-1},\dots,x_{t-p})$. One step puts a weighted sum in front, moves the others
+# back, and forgets the last:
 #
 # $$s_{t+1}=M s_t,\qquad M=\begin{pmatrix}a_1&a_2&\cdots&a_p\\1&&&\\&\ddots&&\\&&1&\end{pmatrix}$$
 #
-# $M$ is the **companion matrix**. A forecast h steps ahead is the first entry of $M^h s$: a roll-out is a matrix power. So all depends
-# on the eigenvalues $\lambda$ of $M$, which are the roots of $z^p=a_1z^{p-1}+\dots+a_p$: a part of the past that points along one eigenvector is
-# multiplied by $\lambda$ at each step. If all $|\lambda|<1$ every shock dies out; $|\lambda|>1$ explodes; a complex pair turns by its angle and makes a wave of
-# $2\pi/\text{angle}$ steps.
+# $M$ is the **companion matrix**. A forecast h steps ahead is the first entry of $M^h s$: a roll-out is a matrix power. So all depends on the
+# eigenvalues $\lambda$ of $M$, which are the roots of $z^p=a_1z^{p-1}+\dots+a_p$: a part of the past that points along one eigenvector is
+# multiplied by $\lambda$ at each step. If all $|\lambda|<1$ every shock dies out; $|\lambda|>1$ explodes; a complex pair turns by its angle and
+# makes a wave of $2\pi/\text{angle}$ steps.
 #
 # **Exercise 1.** `companion(weights)`: (p,) -> (p, p), weights[0] belongs to lag 1. `companion([a, b])` is `[[a, b], [1, 0]]`.
 #
@@ -85,21 +85,21 @@ for name, (a, b) in (("A", A), ("B", B)):
 print(f"a radius of 1.01 for 720 steps: {1.01 ** 720:,.0f}; of 1.0005: {1.0005 ** 720:.2f}")
 
 # %% [markdown]
-# A's radius is $\sqrt{0.9}=0.9487$ (for a complex pair, $-a_2$ is the product of the two roots), and it turns once in 19.5 steps: the wave in the picture. B's
-# is 1.07. Least squares does not look at this number at all; a fit whose one-step errors are perfect may have a radius of 1.01, and 720 steps
-# ahead that is a factor of 1,292. So `nano_ts.stabilise` shrinks a fit until it is at most 1.0005.
+# A's radius is $\sqrt{0.9}=0.9487$ (for a complex pair, $-a_2$ is the product of the two roots), and it turns once in 19.5 steps: the wave in
+# the picture. B's is 1.07. Least squares does not look at this number at all; a fit whose one-step errors are perfect may have a radius of
+# 1.01, and 720 steps ahead that is a factor of 1,292. So `nano_ts.stabilise` shrinks a fit until it is at most 1.0005.
 #
 # ## From data to weights: Yule and Walker
 #
-# Multiply $x_t=\sum_k a_k x_{t-k}+e_t$ by $x_{t-j}$ and take the mean. The noise is new at time t, so it is uncorrelated with the past, and what remains are
-# **autocovariances** $r_k=\mathrm E[x_t x_{t-k}]$ (mean of x taken out):
+# Multiply $x_t=\sum_k a_k x_{t-k}+e_t$ by $x_{t-j}$ and take the mean. The noise is new at time t, so it is uncorrelated with the past, and
+# what remains are **autocovariances** $r_k=\mathrm E[x_t x_{t-k}]$ (mean of x taken out):
 #
 # $$r_j=\sum_{k=1}^{p}a_k\,r_{|j-k|},\quad j=1\dots p .$$
 #
 # These p equations have p unknowns and need only p + 1 numbers from the whole series. Udny Yule used two lags for sunspots in 1927.
 #
-# **Exercise 2.** `autocovariance(x, order)`: (T, C) -> $r_0\dots r_{order}$ in float64, with each column's mean taken out, averaged over columns:
-# $r_k=\frac1T\sum_{t=k}^{T-1}(x_t-\bar x)(x_{t-k}-\bar x)$. For the column 1, 2, 3 and order 1: 2/3, 0.
+# **Exercise 2.** `autocovariance(x, order)`: (T, C) -> $r_0\dots r_{order}$ in float64, with each column's mean taken out, averaged over
+# columns: $r_k=\frac1T\sum_{t=k}^{T-1}(x_t-\bar x)(x_{t-k}-\bar x)$. For the column 1, 2, 3 and order 1: 2/3, 0.
 #
 # *Hint:* the sum for lag k has T - k terms, and is divided by **T** all the same. Find out below why.
 
@@ -118,8 +118,8 @@ def autocovariance(x, order):
 check.check_autocovariance(autocovariance)
 
 # %% [markdown]
-# For a sum of T - k terms it looks more honest to divide by T - k. Try both divisors on 200 short pieces of A, with 20 lags. (`lag_products` and
-# `toeplitz` are ours, so that this cell runs before you have written yours; the equations are solved as they stand.)
+# For a sum of T - k terms it looks more honest to divide by T - k. Try both divisors on 200 short pieces of A, with 20 lags. (`lag_products`
+# and `toeplitz` are ours, so that this cell runs before you have written yours; the equations are solved as they stand.)
 
 # %%
 # sums of x_t x_{t-k}, by FFT: padded with zeros, or the end of the series would meet its start
@@ -145,20 +145,23 @@ for name, sizes in radii.items():
     print(f"divided by {name:5}: radius {sizes.min():.3f} to {sizes.max():.3f}, above 1 in {(sizes > 1).double().mean():.0%} of the pieces")
 
 # %% [markdown]
-# Divided by T the fit is stable, always: only then is the Toeplitz matrix of the $r_{|i-j|}$ positive definite, as the covariance of anything must be.
-# Divided by T - k each number is nearly unbiased, but together they may be the covariances of nothing, and six fits in ten explode.
+# Divided by T the fit is stable, always: only then is the Toeplitz matrix of the $r_{|i-j|}$ positive definite, as the covariance of anything
+# must be. Divided by T - k each number is nearly unbiased, but together they may be the covariances of nothing, and six fits in ten explode.
 #
 # ## Levinson and Durbin: one more lag at a time
 #
-# A general solver needs about $p^3/3$ multiplications. But the matrix has the same number along each diagonal, and so the solution for k + 1 lags follows from the one for
-# k. Let $a_1\dots a_k$ be known, with error variance $v$ (at first $v=r_0$, no lags). What lag k + 1 can still explain is the **reflection**
+# A general solver needs about $p^3/3$ multiplications. But the matrix has the same number along each diagonal, and so the solution for k + 1
+# lags follows from the one for k. Let $a_1\dots a_k$ be known, with error variance $v$ (at first $v=r_0$, no lags). What lag k + 1 can still
+# explain is the **reflection**
 #
 # $$g=\frac{r_{k+1}-\sum_{j=1}^{k}a_j\,r_{k+1-j}}{v},\qquad a_j\leftarrow a_j-g\,a_{k+1-j},\qquad a_{k+1}=g,\qquad v\leftarrow v\,(1-g^2).$$
 #
-# The second formula corrects the old weights by themselves, read backwards; all of them at once. The cost is $p^2$. And $|g|<1$ at every order if and only if the
-# radius is below 1. Worked for $r=(1,\,0.5,\,0.25)$: $g=0.5$, $v=0.75$; then $g=(0.25-0.5\cdot0.5)/0.75=0$: the second lag explains nothing.
+# The second formula corrects the old weights by themselves, read backwards; all of them at once. The cost is $p^2$. And $|g|<1$ at every order
+# if and only if the radius is below 1. Worked for $r=(1,\,0.5,\,0.25)$: $g=0.5$, $v=0.75$; then $g=(0.25-0.5\cdot0.5)/0.75=0$: the second lag
+# explains nothing.
 #
-# **Exercise 3.** `levinson(r)`: (p + 1,) -> the weights (p,), and the error variances of orders 0 to p, (p + 1,). For the r above: (0.5, 0) and (1, 0.75, 0.75).
+# **Exercise 3.** `levinson(r)`: (p + 1,) -> the weights (p,), and the error variances of orders 0 to p, (p + 1,). For the r above: (0.5, 0) and
+# (1, 0.75, 0.75).
 #
 # *Hint:* `flip(0)` reads backwards. `a -= g * a.flip(0)` in place is dangerous: why?
 
@@ -179,8 +182,8 @@ def levinson(r):
 check.check_levinson(levinson)
 
 # %% [markdown]
-# The error variances at orders 1, 2, 3 ... answer the second question. Below: what Yule-Walker believes from its 300 values, the error of least squares on the
-# 300 values it was fitted to, and the errors of both on 40 fresh series of the same kind.
+# The error variances at orders 1, 2, 3 ... answer the second question. Below: what Yule-Walker believes from its 300 values, the error of least
+# squares on the 300 values it was fitted to, and the errors of both on 40 fresh series of the same kind.
 
 # %%
 x, fresh = simulate(A, 300, seed=3), simulate(A, 300, seed=4, columns=40)
@@ -202,23 +205,24 @@ table = torch.stack(table)
 figure, axes = plt.subplots(1, 2, figsize=(8, 2.3), layout="constrained")
 for column, name in ((1, "Yule-Walker, fresh"), (2, "least squares, own"), (3, "least squares, fresh")):
     axes[0].plot(orders, table[:, column], ".-", label=name)
-axes[0].set(xlabel="lags", title="error variance; the noise has 1", ylim=(0.7, 1.5))
+axes[0].set(xlabel="lags", title="error variance; the noise has 1", ylim=(0.7, 2.0))
 axes[0].legend()
 axes[1].plot(r / r[0], ".-")
 axes[1].set(xlabel="lag", title="autocorrelation of A, 300 values")
 plt.show()
 
 # %% [markdown]
-# All curves fall until two lags and no further: that is how one sees the order. (One lag is a disaster although the autocorrelation at lag 1
-# is near 1: the second makes A turn.) Each further weight is noise around 0. On its own data least squares gets better and better, 0.78 with 40
+# All curves fall until two lags and no further: that is how one sees the order. (One lag is a disaster although the autocorrelation at lag 1 is
+# near 1: the second makes A turn.) Each further weight is noise around 0. On its own data least squares gets better and better, 0.78 with 40
 # lags, less than the noise; on fresh data it gets worse, 1.08. So what is lost is a tenth, and the data of the fit will never show it.
 #
 # Yule-Walker shows another fault: it believes 1.86. We come back to that.
 #
 # ## How wrong is step h? Psi weights
 #
-# Let one shock of size 1 hit a series at rest. Its echo is $\psi_0=1,\ \psi_j=\sum_{k=1}^{\min(j,p)}a_k\psi_{j-k}$: the roll-out of the history $(\dots,0,0,1)$. The error h steps ahead is the sum of the echoes of the h
-# shocks that nobody knew, so its variance is $\sigma^2(\psi_0^2+\dots+\psi_{h-1}^2)$. For one lag of 0.5: 1, 0.5, 0.25.
+# Let one shock of size 1 hit a series at rest. Its echo is $\psi_0=1,\ \psi_j=\sum_{k=1}^{\min(j,p)}a_k\psi_{j-k}$: the roll-out of the history
+# $(\dots,0,0,1)$. The error h steps ahead is the sum of the echoes of the h shocks that nobody knew, so its variance is
+# $\sigma^2(\psi_0^2+\dots+\psi_{h-1}^2)$. For one lag of 0.5: 1, 0.5, 0.25.
 #
 # **Exercise 4.** `psi(weights, horizon)`: (p,) -> $\psi_0\dots\psi_{horizon-1}$, (horizon,).
 #
@@ -241,8 +245,8 @@ def psi(weights, horizon):
 check.check_psi(psi)
 
 # %% [markdown]
-# The check compared with powers of the companion matrix. Here is the spread itself, against 4,000 simulated futures after the same past; the script's
-# `LagModel.matrix` rolls out the unit history, which is the echo without its first 1.
+# The check compared with powers of the companion matrix. Here is the spread itself, against 4,000 simulated futures after the same past; the
+# script's `LagModel.matrix` rolls out the unit history, which is the echo without its first 1.
 
 # %%
 law = nano_ts.LagModel([1, 2], [[1.8], [-0.9]], 2, centre=False)
@@ -266,15 +270,18 @@ axis.set(xlabel="steps ahead", title="A: roll-out, 80 % band from psi, six futur
 plt.show()
 
 # %% [markdown]
-# The error of a stable series stops growing: when the echoes have died out, the forecast is the mean and its error the spread of the series itself. That answers the third question.
+# The error of a stable series stops growing: when the echoes have died out, the forecast is the mean and its error the spread of the series
+# itself. That answers the third question.
 #
 # ## What it does to waves: the spectrum
 #
-# Put a wave of f cycles a step through the recipe: a lag of k steps turns it by $2\pi fk$. So noise, in which all waves are equally strong, comes out with the **spectral density**
+# Put a wave of f cycles a step through the recipe: a lag of k steps turns it by $2\pi fk$. So noise, in which all waves are equally strong,
+# comes out with the **spectral density**
 #
 # $$S(f)=\frac{\sigma^2}{\left|1-\sum_k a_k e^{-2\pi i f k}\right|^2},\qquad \int_{-1/2}^{1/2}S(f)\,df=r_0 .$$
 #
-# Near a frequency at which an eigenvalue is close to the unit circle the denominator is nearly 0: a peak. For one lag of 0.5 and $\sigma=1$: $S(0)=1/0.5^2=4$, $S(1/2)=1/1.5^2=0.444$.
+# Near a frequency at which an eigenvalue is close to the unit circle the denominator is nearly 0: a peak. For one lag of 0.5 and $\sigma=1$:
+# $S(0)=1/0.5^2=4$, $S(1/2)=1/1.5^2=0.444$.
 #
 # **Exercise 5.** `spectrum(weights, sigma, f)`: (p,), a number, frequencies (n,) -> (n,), real.
 #
@@ -294,8 +301,9 @@ def spectrum(weights, sigma, f):
 check.check_spectrum(spectrum)
 
 # %% [markdown]
-# The script's generated series has five weights, `nano_ts.LAW`: $(1-0.6B)(1-0.5B^{24}-0.45B^{168})$ multiplied out, B being one step back. Its density
-# comes here from its echo, $\left|\sum_j\psi_je^{-2\pi ifj}\right|^2$, the same thing by another way. Beside it the periodogram: the squared Fourier transform of the data, 12 pieces averaged.
+# The script's generated series has five weights, `nano_ts.LAW`: $(1-0.6B)(1-0.5B^{24}-0.45B^{168})$ multiplied out, B being one step back. Its
+# density comes here from its echo, $\left|\sum_j\psi_je^{-2\pi ifj}\right|^2$, the same thing by another way. Beside it the periodogram: the
+# squared Fourier transform of the data, 12 pieces averaged.
 
 # %%
 truth = nano_ts.LagModel(nano_ts.LAW, [[w] for w in nano_ts.LAW.values()], 169, centre=False)
@@ -319,10 +327,12 @@ print(f"highest peak beyond slow waves at {f[top]:.4f} cycles an hour, that is e
 #
 # ## Few of many lags: AR-Net
 #
-# What if only three of 100 possible lags matter, and one does not know which? AR-Net (arXiv:1911.12436) is a linear layer trained by gradient descent, with a penalty that asks "used or
-# not?": $\lambda(s)\,\frac1p\sum_k R(a_k)$, $R(a)=2/(1+e^{-3|a|^{1/3}})-1$, $\lambda=0.02\,(1/s-1)$, where s is the share of lags expected to matter. R is 0 at 0 and steep beside it, then flat: it hardly cares how large a weight is.
-# (The script's `ARNet` is this, and takes the level of the window out as well; the series below has none.)
-# The paper's score is $100\,\sum|\hat a-a|/\sum(|\hat a|+|a|)$, in percent. The rival that every statistician would try: least squares, throw away weights within three standard errors ($3/\sqrt T$) of 0, fit again.
+# What if only three of 100 possible lags matter, and one does not know which? AR-Net (arXiv:1911.12436) is a linear layer trained by gradient
+# descent, with a penalty that asks "used or not?": $\lambda(s)\,\frac1p\sum_k R(a_k)$, $R(a)=2/(1+e^{-3|a|^{1/3}})-1$, $\lambda=0.02\,(1/s-1)$,
+# where s is the share of lags expected to matter. R is 0 at 0 and steep beside it, then flat: it hardly cares how large a weight is. (The
+# script's `ARNet` is this, and takes the level of the window out as well; the series below has none.) The paper's score is
+# $100\,\sum|\hat a-a|/\sum(|\hat a|+|a|)$, in percent. The rival that every statistician would try: least squares, throw away weights within
+# three standard errors ($3/\sqrt T$) of 0, fit again.
 
 # %%
 P, few = 100, {1: 0.2, 3: 0.3, 10: -0.5}
@@ -370,18 +380,24 @@ for axis, (name, weights) in zip(axes, found.items()):
 plt.show()
 
 # %% [markdown]
-# The penalty does what the paper says: the idle lags fall silent, and the score is far better than that of plain least squares. But two least squares in a row, without any training, are better still. What the net keeps is its price in a case that has no
-# closed form: more layers, other losses, more inputs.
+# The penalty does what the paper says: the idle lags fall silent, and the score is far better than that of plain least squares. But two least
+# squares in a row, without any training, are better still. What the net keeps is its price in a case that has no closed form: more layers,
+# other losses, more inputs.
 #
 # ## The same matrix in a network: companion state spaces
 #
-# SpaceTime (arXiv:2303.09489) stacks layers that carry a state, $s_t=M s_{t-1}+b\,u_t$, $y_t=c\cdot s_t$, with input u, output y. Its M is a companion matrix (the paper writes the weights into the last column), and here is why. With the plain shift (ones below the diagonal, no weights) and
-# $b=(1,0,\dots)$ the state *is* the last p inputs, so $c=(a_1,\dots,a_p)$ makes y an AR forecast, $c=(1,-1,0,\dots)$ a difference, $c=(1,\dots,1)/p$ a moving average; for p = 1, $M=1-\alpha$, $b=\alpha$ is exponential smoothing. And when the layer must forecast it
-# makes its own inputs, $u_{t+1}=k\cdot s_t$: then $s_{t+1}=(M+bk^\top)s_t$, and with $k=a$ that is the matrix of exercise 1. The paper's "closed loop" is the roll-out of this lesson.
+# SpaceTime (arXiv:2303.09489) stacks layers that carry a state, $s_t=M s_{t-1}+b\,u_t$, $y_t=c\cdot s_t$, with input u, output y. Its M is a
+# companion matrix (the paper writes the weights into the last column), and here is why. With the plain shift (ones below the diagonal, no
+# weights) and $b=(1,0,\dots)$ the state *is* the last p inputs, so $c=(a_1,\dots,a_p)$ makes y an AR forecast, $c=(1,-1,0,\dots)$ a difference,
+# $c=(1,\dots,1)/p$ a moving average; for p = 1, $M=1-\alpha$, $b=\alpha$ is exponential smoothing. And when the layer must forecast it makes
+# its own inputs, $u_{t+1}=k\cdot s_t$: then $s_{t+1}=(M+bk^\top)s_t$, and with $k=a$ that is the matrix of exercise 1. The paper's "closed
+# loop" is the roll-out of this lesson.
 #
-# For training the loop over t is too slow. Written out, $y_t=\sum_{j=0}^{t}F_j\,u_{t-j}$ with $F_j=c^\top M^j b$: a convolution, and the FFT does it for all t at once.
+# For training the loop over t is too slow. Written out, $y_t=\sum_{j=0}^{t}F_j\,u_{t-j}$ with $F_j=c^\top M^j b$: a convolution, and the FFT
+# does it for all t at once.
 #
-# **Exercise 6.** `convolve(M, b, c, u)`: (p, p), (p,), (p,), inputs (T,) -> outputs (T,), the state before $u_0$ being 0. First the T numbers $F_j$, then `torch.fft.rfft` and `irfft`. For $M=0.5$, $b=c=1$ and u = 1, 0, 2: 1, 0.5, 2.25.
+# **Exercise 6.** `convolve(M, b, c, u)`: (p, p), (p,), (p,), inputs (T,) -> outputs (T,), the state before $u_0$ being 0. First the T numbers
+# $F_j$, then `torch.fft.rfft` and `irfft`. For $M=0.5$, $b=c=1$ and u = 1, 0, 2: 1, 0.5, 2.25.
 #
 # *Hint:* an FFT of length T is a circle. How long must it be, so that the end does not run into the start?
 
@@ -413,7 +429,8 @@ print(f"shift + b k:\n{closed}\nclosed loop {made}\nroll-out    {[round(float(v)
 # %% [markdown]
 # ## In the script's place
 #
-# `nano_ts.build("ar", ...)` fits 336 lags by least squares. Now Yule-Walker takes its place: your autocovariances, your recursion. The score is the mean square error over 48 steps, on the last quarter of 3,000 hours that neither of them has seen, in units of the series' own variance.
+# `nano_ts.build("ar", ...)` fits 336 lags by least squares. Now Yule-Walker takes its place: your autocovariances, your recursion. The score is
+# the mean square error over 48 steps, on the last quarter of 3,000 hours that neither of them has seen, in units of the series' own variance.
 
 # %%
 # fits lags 1 .. p, like nano_ts.fit_lags
@@ -440,7 +457,8 @@ with put(nano_ts, "fit_lags", by_yule_walker):
 #
 # ## What did not work
 #
-# Dividing by T - k was one thing. Dividing by T has its price too: it pulls $r_k$ towards 0, the more the larger k is beside T. Short pieces of A, two lags, the mean of the fits:
+# Dividing by T - k was one thing. Dividing by T has its price too: it pulls $r_k$ towards 0, the more the larger k is beside T. Short pieces of
+# A, two lags, the mean of the fits:
 
 # %%
 for rows in (60, 300):
@@ -453,13 +471,15 @@ for rows in (60, 300):
     print("{:3} values: Yule-Walker {:.3f} {:.3f}, least squares {:.3f} {:.3f}".format(rows, *torch.stack(both).mean(0)))
 
 # %% [markdown]
-# Near the unit circle a small error in $r_k$ is a large error in the weights: with $r_0=7.16^2\approx51$ a pull of one part in 300 is 0.17, and the noise has variance 1. That is where the
-# 1.86 came from. Least squares drops the first p rows and makes no assumption about what lies beyond the ends; its weights are nearly right already at 60 values, and its price
-# is that nothing keeps the radius below 1. That is why the script fits by least squares and then looks at the radius.
+# Near the unit circle a small error in $r_k$ is a large error in the weights: with $r_0=7.16^2\approx51$ a pull of one part in 300 is 0.17, and
+# the noise has variance 1. That is where the 1.86 came from. Least squares drops the first p rows and makes no assumption about what lies
+# beyond the ends; its weights are nearly right already at 60 values, and its price is that nothing keeps the radius below 1. That is why the
+# script fits by least squares and then looks at the radius.
 #
 # ## Where to read on
 #
 # * `nano_ts.py`: `LagModel`, `fit_lags`, `stabilise`, `ARNet`. Lesson 51 asks what transformers add to this; lesson 52 makes intervals.
-# * Box and Jenkins, *Time Series Analysis*, 1970: psi weights, seasonal products. Brockwell and Davis, *Time Series: Theory and Methods*, sections 3.3, 5.2 and 8.1-8.2.
+# * Box and Jenkins, *Time Series Analysis*, 1970: psi weights, seasonal products. Brockwell and Davis, *Time Series: Theory and Methods*,
+#   sections 3.3, 5.2 and 8.1-8.2.
 # * Levinson 1946; Durbin 1960. In speech coding the reflections are what is transmitted, because $|g|<1$ is easy to guarantee.
 # * AR-Net: arXiv:1911.12436, code `ourownstory/AR-Net`. SpaceTime: arXiv:2303.09489, code `HazyResearch/spacetime`.
