@@ -12,11 +12,6 @@ SCRIPTS = sorted(ROOT.glob("nano_*.py"))
 BLOCK = re.compile(r"^# --- shared: (\w+)\n(.*?)^# --- end shared$", re.S | re.M)
 
 
-def in_long_form(text):
-    """nano_var still has the blocks of its long first form."""
-    return "# --- shared: config" in text
-
-
 def test_shared_blocks_are_identical():
     seen = {}
     for script in SCRIPTS:
@@ -24,7 +19,7 @@ def test_shared_blocks_are_identical():
         marks = [len(re.findall(f"^# --- {mark}", text, re.M)) for mark in ("shared: ", "end shared")]
         assert marks == [len(BLOCK.findall(text))] * 2, script.name
         for name, body in BLOCK.findall(text):
-            first, where = seen.setdefault((in_long_form(text), name), (body, script.name))
+            first, where = seen.setdefault(name, (body, script.name))
             assert body == first, f"block {name!r} of {script.name} differs from the one in {where}"
     assert seen
 
@@ -41,8 +36,7 @@ def test_a_script_imports_only_what_the_readme_promises(script):
 @pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "kernels.py"], ids=lambda p: p.name)
 def test_lines_fit_a_screen(script):
     text = script.read_text(encoding="utf-8")
-    width = 140 if in_long_form(text) else 110
-    assert not [i for i, line in enumerate(text.splitlines(), 1) if len(line) > width], script.name
+    assert not [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 110], script.name
 
 
 def commands():
@@ -50,7 +44,7 @@ def commands():
     blocks = re.findall(r"^```(?:sh|bash)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
     for script in SCRIPTS:
         text = script.read_text(encoding="utf-8")
-        blocks += [] if in_long_form(text) else [ast.get_docstring(ast.parse(text))]
+        blocks.append(ast.get_docstring(ast.parse(text)))
     found = [re.search(r"python (nano_\w+\.py.*)", line) for block in blocks for line in block.splitlines()]
     return sorted({re.split(r"\s{3,}|#", match[1])[0].strip() for match in found if match})
 
@@ -60,12 +54,8 @@ def test_every_command_in_readme_and_docstrings_parses(line, tmp_path, monkeypat
     """The file, the part and every flag exist: the script's own parser says so."""
     script, *argv = shlex.split(line)
     module = __import__(pathlib.Path(script).stem)
-    if hasattr(module, "read_settings"):
-        monkeypatch.setattr(module, "load", lambda path: {"config": {}})  # no checkpoint is needed to read flags
-        module.read_settings(argv)
-    else:
-        presets = module.PRESETS if "cpu" in module.PRESETS else module.PRESETS["text"]  # nano_spec: a set per task
-        module.parse_config(module.Config, argv, module.PARTS, presets, module.__doc__)
+    monkeypatch.setattr(module, "load", lambda path: {"config": {}})  # no checkpoint is needed to read flags
+    module.read_settings(argv)
 
 
 def test_the_readme_names_only_files_that_exist():
