@@ -338,7 +338,8 @@ class Reader(nn.Module):
         q = self.q(norm(x)).unflatten(2, (-1, 16)).transpose(1, 2)        # heads of 16: (B, H, N, 16)
         kv = self.kv(norm(memory)).unflatten(2, (2, -1, 16))             # (B, M, 2, H, 16)
         k, v = kv.permute(2, 0, 3, 1, 4)                                  # (B, H, M, 16) each
-        # scores up to 16 * 0.5 = 8, twice the usual 16^-0.5 * 16 = 4: queries can single a cell out sooner
+        # scores up to 16 * 0.5 = 8, twice the usual 16^-0.5 * 16 = 4: queries can single a cell out sooner.
+        # (.to: under autocast norm computes in 32 bits, and matrix products want the 16 of v.)
         y = kernels.attention(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=0.5)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
@@ -366,10 +367,10 @@ class Queries(nn.Module):
         return norm(x)
 
 
-def keep_prefix(q, keep):
-    """q (B, T, C), keep (B,) -> q with zeros from token number keep[b] on: what the decoder never gets."""
-    first = torch.arange(q.shape[1], device=q.device) < keep[:, None]     # (B, T)
-    return q * first[..., None]
+def keep_prefix(x, keep):
+    """x (B, T, W), keep (B,) -> x with zeros from token number keep[b] on: what the decoder never gets."""
+    first = torch.arange(x.shape[1], device=x.device) < keep[:, None]     # (B, T)
+    return x * first[..., None]
 
 
 class Tokenizer(nn.Module):
@@ -407,9 +408,13 @@ class Tokenizer(nn.Module):
         z = self.to_code(self.gather(cells)).float()                          # (B, T, C)
         return self.scale(z.reshape(-1, self.scale.num_features)).view_as(z)  # as (B 64, C), or (B, K C)
 
-    def rebuild(self, q):
-        """q (B, T, C) -> float images (B, 32, 32), not yet limited to 0 .. 1"""
-        cells = self.scatter(self.from_code(q))                  # (B, 64, W)
+    def rebuild(self, q, keep=None):
+        """q (B, T, C) -> float images (B, 32, 32), not yet limited to 0 .. 1. keep (B,): lengths of prefixes.
+
+        Not q itself is cut: 0 is its mean, and a missing token would look like an average one.
+        """
+        tokens = self.from_code(q)                               # (B, T, W)
+        cells = self.scatter(tokens if keep is None else keep_prefix(tokens, keep))  # (B, 64, W)
         return self.paint(F.relu(self.decoder(cells.mT.unflatten(2, (8, 8)))))[:, 0].float()
 
     def forward(self, images, rng):
@@ -422,10 +427,10 @@ class Tokenizer(nn.Module):
         z = self.latents(images)
         with torch.autocast(images.device.type, enabled=False):  # distances between codes need all 32 bits
             q, index, loss = self.quantizer(z, rng)
-        if self.nested:
-            keep = torch.randint(1, 4 * self.queries + 1, (len(q),), generator=rng).clamp(max=self.queries)
-            q = keep_prefix(q, keep.to(q.device))
-        return self.rebuild(q), index, loss
+        if not self.nested:
+            return self.rebuild(q), index, loss
+        keep = torch.randint(1, 4 * self.queries + 1, (len(q),), generator=rng).clamp(max=self.queries)
+        return self.rebuild(q, keep.to(q.device)), index, loss
 
 
 @torch.no_grad()
@@ -450,9 +455,8 @@ def decode(tokens, model, keep=None):
     for part in tokens.split(500):
         index = part.to(device).unflatten(1, (-1, quantizer.depth)) % quantizer.size  # (500, T, D)
         q = quantizer.lookup(index if model.queries else index[..., :keep])
-        if model.queries and keep:
-            q = keep_prefix(q, torch.full((len(q),), keep, device=device))
-        images.append((model.rebuild(q).clamp(0, 1) * 255).round().byte().cpu())
+        lengths = torch.full((len(q),), keep, device=device) if model.queries and keep else None
+        images.append((model.rebuild(q, lengths).clamp(0, 1) * 255).round().byte().cpu())
     return torch.cat(images)
 
 

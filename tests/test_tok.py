@@ -335,7 +335,7 @@ def test_a_prefix_of_rvq_is_the_sum_of_the_first_codebooks():
 def test_lengths_in_nested_dropout(monkeypatch):
     """Three images in four keep all 4 tokens, the others 1 .. 4, and the tail reaches the decoder as zeros."""
     kept, true = [], nano_tok.keep_prefix
-    monkeypatch.setattr(nano_tok, "keep_prefix", lambda q, keep: kept.append(keep) or true(q, keep))
+    monkeypatch.setattr(nano_tok, "keep_prefix", lambda x, keep: kept.append(keep) or true(x, keep))
     model = tiny("fsq", 4)
     for seed in range(10):
         model(torch.zeros(160, 32, 32), seeded(seed))
@@ -343,6 +343,8 @@ def test_lengths_in_nested_dropout(monkeypatch):
     assert share[0] == 0 and (share[1:4] - 1 / 16).abs().max() < 0.025 and abs(share[4] - 13 / 16) < 0.04
     q = true(torch.ones(2, 3, 5), torch.tensor([1, 3]))
     assert q.sum((1, 2)).tolist() == [5, 15] and (q[0, 0] == 1).all()
+    average = torch.zeros(1, 4, model.quantizer.dim)             # an average token is there: not as one that is cut
+    assert not torch.allclose(model.rebuild(average), model.rebuild(average, torch.tensor([1])))
 
 
 def test_attention_of_a_reader_equals_a_loop_in_float64():
