@@ -271,7 +271,7 @@ class Stream:
         """-> p (g + 1, V) of the place after the text, after its first guess, .., after all g of them.
 
         Only what the cache does not hold is read: first the whole prompt; later the last token of the text,
-        and the guesses. (After a rollback by two it is two tokens: feeding "the last token" is a known bug.)
+        and the guesses. (It may be two tokens of the text: always feeding just the last one would be a bug.)
         """
         new = [*text[self.length:], *draft]
         tokens = torch.tensor([new], device=self.cache.device)           # (1, N)

@@ -59,6 +59,23 @@ def test_every_mutant_is_caught(name, proof):
     assert proof[1][name] > 1e-4
 
 
+def test_the_truth_runs_nothing_that_decodes(monkeypatch):
+    """All truths are the same when everything that decoders call is gone; they share the layers and Table.law alone."""
+    before = {name: truth() for name, (_, truth) in CASES.items()}
+    for owner in (Dice, nano_spec.Replay, Stream, ModelDrafter, NGrams, Jacobi):
+        for method in [name for name, value in vars(owner).items() if callable(value)]:
+            monkeypatch.setattr(owner, method, None)
+    monkeypatch.setattr(Table, "distributions", None)
+    monkeypatch.setattr(GPT, "new_cache", None)
+    for name in ("accept", "residual", "plain", "speculate", "warp"):
+        monkeypatch.setattr(nano_spec, name, None)
+    for name in ("decode_attention", "truncate", "sample", "verify"):
+        monkeypatch.setattr(kernels, name, None)
+    assert {name: truth() for name, (_, truth) in CASES.items()} == before
+    with pytest.raises(TypeError):
+        CASES["model"][0](None)
+
+
 def test_prove_counts_no_crash_as_caught_and_leaves_everything_as_it_was(capsys):
     code, one = accept.__code__, {"model": CASES["model"]}
     with pytest.raises(ZeroDivisionError):
