@@ -8,24 +8,31 @@
     nearest_code       the nearest row of a codebook (plain torch only)
 
 One idea carries the first three. Seen from one query with scores s_j = q . k_j, a set of keys is summed up by
-m, its largest score; u, the sum of e^(s_j - m); and w, the sum of e^(s_j - m) v_j. The summaries of two
-disjoint sets add up to the summary of their union (`merge`), and w / u of all keys is softmax attention:
+m, its largest score; u, its total weight, the sum of e^(s_j - m); and w, its weighted values, the sum of
+e^(s_j - m) v_j. The summaries of two disjoint sets add up to the summary of their union (`merge`), and w / u
+of all keys is softmax attention:
 
     flash attention      ((tile 0 + tile 1) + tile 2) + ...   a fold: one program walks along the keys
     split-K decoding     chunk 0 + chunk 1 + chunk 2 + ...    a program for each chunk, then all at once
     attention as an RNN  k0,  k0 + k1,  k0 + k1 + k2,  ...    a scan: every prefix is an answer
 
-Read `merge`, then `_fold`. Each op stands in the same order: torch reference, kernel, the function to call.
+Read `merge`, then `_fold`, the same for tiles. Most ops stand in one order: reference, kernel, the function
+to call.
 
-    B samples     H query heads, Hkv key heads     N queries i, M keys j, D numbers a head     V vocabulary
-    R new tokens and S places of a cache (decode)  g or gamma drafted tokens (verify)          K codes
-    I = BLOCK_Q queries and J = BLOCK_K keys make a tile (attention)
+    B samples        N queries, number i    R new tokens (decode)            V vocabulary
+    H query heads    M keys, number j       S places of a cache (decode)     K codes (nearest_code)
+    Hkv key heads    D numbers a head       g or gamma drafted tokens (verify)
+    a tile is I = BLOCK_Q queries x J = BLOCK_K keys (attention)
 
 Which one runs: tensors on a CPU take torch; on an NVIDIA GPU the kernel, if its generation is sm_80 or later
 (2020: A100, RTX 30; the free T4 is sm_75). Two things take torch anyway: what torch.compile compiles, which
-makes kernels of its own from torch ops; and scan_attention when a gradient is asked for, since its kernel has
-no backward pass. `path(tensor)` says which and why; `use("reference")` and `use("triton")` override. Without
-Triton (macOS, Windows) all is torch.
+makes kernels of its own from torch ops; and decode_attention and scan_attention when a gradient is asked for,
+as their kernels have no backward pass. What no kernel is made for (D > 128, V > 32768 in `sample`, float64)
+is an error on a GPU, not a silent detour. `path(tensor)` says which runs and why; `use("reference")` and
+`use("triton")` override. Without Triton (macOS, Windows) all is torch.
+
+This torch path is called "reference" as a whole, although it takes torch's fused attention where that gives
+the same numbers sooner. The functions named .._reference are definitions: both paths are tested against them.
 
 NO KERNEL HERE HAS EVER RUN ON A GPU: none was at hand. They ran in Triton's interpreter, on a CPU, against
 float64, always in float32 (it computes bf16 wrongly), and were compiled, also for 16 bits, for sm_80 and
@@ -54,8 +61,8 @@ try:
     import triton.language as tl
 
     jit = triton.jit                                    # for a function that kernels call
-    # For a kernel. Triton compiles one anew for an integer argument that is 1, or a multiple of 16; not for
-    # these, which change from call to call
+    # For a kernel. Triton compiles another version of it when an integer argument becomes 1, or a multiple of
+    # 16: good for sizes that stay, but these change from call to call. (A kernel need not have all of them.)
     changing = ["N", "M", "R", "S", "rows", "chunks", "gamma"]
     kernel = functools.partial(triton.jit, do_not_specialize=changing)
 except ImportError:                                     # every op still runs, by its torch path
@@ -91,9 +98,11 @@ def merge(a, b):
     (tensor([0.6931]), tensor([1.5000]), tensor([[3.5000]]))
     """
     (m1, u1, w1), (m2, u2, w2) = a, b               # m, u (.., N) and w (.., N, D)
-    m = torch.maximum(m1.detach(), m2.detach())     # the new shift: no gradient, as in `summarize`. Below m1
-    x = torch.exp(m1 - _finite(m))                  # keeps its own: in a scan it is the score of a single key
-    y = torch.exp(m2 - _finite(m))                  # x, y: what the old sums are worth at the new maximum
+    # The new maximum is only a shift: no gradient, as in `summarize`. But m1 and m2 themselves keep theirs:
+    # in a scan they are the scores of single keys, and u = 1 there knows nothing of the score.
+    m = torch.maximum(m1.detach(), m2.detach())
+    x = torch.exp(m1 - _finite(m))                  # what the old sums are worth at the new maximum
+    y = torch.exp(m2 - _finite(m))
     return m, u1 * x + u2 * y, w1 * x[..., None] + w2 * y[..., None]
 
 
@@ -128,23 +137,23 @@ def _merge(m1, u1, w1, m2, u2, w2):
 
 # --- masks: every mask of the course is three lists of integers ---------------------------------------------
 
-_arange = functools.partial(torch.arange, device="cpu")     # masks are made on the CPU, always
+_arange = functools.partial(torch.arange, device="cpu")     # masks are made there, always
 
 
 @dataclass(eq=False)                                     # eq=False: a mask is its own key in the caches below
 class Mask:
     """Query i sees key j  iff  row_start[i] <= j < row_end[i]  and  i < col_end[j].
 
-    row_start, row_end (N,) and col_end (M,), int32 on the CPU. A query sees one run of keys, less the keys
-    whose column has ended: only a tree needs those, elsewhere col_end is N. 2 N + M numbers instead of N x M,
-    and a few of them tell whether a whole tile is empty or full. The functions below make masks, and all but
-    `tree` remember them; use one mask in every layer.
+    row_start, row_end (N,) and col_end (M,), int32 on the CPU. A query sees one run of keys, less those that
+    have ended: queries from number col_end[j] on do not see key j. Only a tree needs that, elsewhere it is N.
+    2 N + M numbers instead of N x M, and a few of them tell whether a whole tile is empty or full. The
+    functions below make masks, and all but `tree` remember them; use one mask in every layer.
     """
 
     row_start: torch.Tensor
     row_end: torch.Tensor
     col_end: torch.Tensor
-    name: str = "mask"                  # torch has "causal" and "full" built in: see `_attention_torch`
+    name: str = "mask"                  # "causal", "full": for masks of these functions alone; torch has them
 
     @property
     def shape(self):
@@ -184,7 +193,8 @@ class Mask:
         col_min, col_max = _extremes(self.col_end, block_k)                     # (key tiles, 1)
         i0, j0 = _arange(0, n, block_q)[:, None], _arange(0, m, block_k)        # where each tile starts ...
         i1, j1 = i0 + block_q, j0 + block_k                                     # ... and ends
-        # (query tiles, key tiles). `some` may hold a tile too many, which is then compared in vain
+        # (query tiles, key tiles). `some` may hold a tile too many, as the least start and the greatest end
+        # may be of two different queries; it is then compared in vain
         some = (start_min < j1) & (end_max > j0) & (col_max.T > i0)
         whole = (start_max <= j0) & (end_min >= j1) & (col_min.T >= i1)
         whole &= (i1 <= n) & (j1 <= m)                   # a tile that sticks out of the matrix is never whole
@@ -295,8 +305,8 @@ def tree(parents, prefix=0):
     r"""Drafted tokens as a tree (SpecInfer): a node sees the prefix, its ancestors and itself.
 
     parents[i] is the parent of node i, -1 for a root. Nodes are numbered depth first (pre-order): then j and
-    all nodes below it are the run j .. col_end[j] - 1, and "j is i or an ancestor of i" is j <= i <
-    col_end[j].
+    all nodes below it are the run j .. end - 1, and "j is i, or an ancestor of i" is j <= i < end. In the
+    mask node j is key prefix + j, with this end as its col_end.
 
     tree([-1, 0, 1, 0])    0       #...
                           / \      ##..
@@ -341,15 +351,16 @@ def _share_heads(q, k):
 
 
 def _attention_torch(q, k, v, mask, scale):
-    """torch's fused attention; 16-bit inputs on a CPU are written out if short, else computed in float32.
+    """torch's fused attention. But 16-bit inputs on a CPU are written out if short, else made float32 first.
 
-    For torch's own bf16 backward is slow there: 34 ms forward and backward at (B, H, N, D) = (64, 4, 64, 32),
-    causal; 12 ms in float32, 5.5 ms written out in bf16 (one core, with bf16 products).
+    For torch's own bf16 backward is slow there. Forward and backward at (B, H, N, D) = (64, 4, 64, 32),
+    causal, on one core with bf16 products: written out 5.5 ms, by way of float32 12 ms, as they are 34 ms.
     """
     k, v, dtype = _share_heads(q, k), _share_heads(q, v), q.dtype
     if q.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         seen = mask.dense()
-        if seen.numel() <= 256**2 and bool(seen.any(-1).all()):         # softmax over no keys would be nan
+        # over no keys this softmax would be nan; the fused attention gives 0 then, as the kernel does
+        if seen.numel() <= 256**2 and bool(seen.any(-1).all()):
             scores = (q * scale) @ k.mT + seen.to(dtype).log()          # log 1 = 0, log 0 = -inf
             return scores.softmax(-1) @ v                               # softmax sums in float32 inside
         q, k, v = q.float(), k.float(), v.float()
@@ -361,13 +372,14 @@ def _attention_torch(q, k, v, mask, scale):
 # The kernels. All tensors are contiguous: (B, H, n, D) is B H matrices n x D in a row, matrix z = b H + h
 # starting at z n D. A program takes a tile of I queries of one head and walks along the keys, J at a time.
 # tl.dot is the product of two tiles on the tensor cores. They know float32 only with 10 bits of mantissa
-# (tf32): "tf32x3" splits each number into two of those and adds the three products that matter; 16-bit inputs
-# do not need it. Sums are always float32.
+# (tf32): "tf32x3" splits each number into a large and a small part of 10 bits and adds three of the four
+# products, all but small x small; 16-bit inputs do not need it. Sums are always float32. tl.static_range is
+# unrolled by the compiler, which so knows `run` and leaves out the comparisons of whole tiles.
 
 
 @jit
 def _load(matrix, rows, n, D: tl.constexpr, CHECK: tl.constexpr):
-    """The given rows (I,) of the n x D matrix at this pointer -> (I, D). CHECK: 0 for rows from n on."""
+    """The given rows (I,) of the n x D matrix at this pointer -> (I, D). CHECK: rows from n on are 0."""
     at = matrix + rows[:, None] * D + tl.arange(0, D)[None, :]
     if CHECK:
         return tl.load(at, mask=rows[:, None] < n, other=0.0)
@@ -402,14 +414,14 @@ def _fold(m, u, w, q, k, v, i, start, end, col_end, lo, hi, M, scale, D: tl.cons
             if col_end is not None:
                 seen = seen & (i[:, None] < tl.load(col_end + j, mask=j < M, other=0)[None, :])
             s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # (I,) the maximum never falls
+        m_new = tl.maximum(m, tl.max(s, 1) * scale)                 # (I,) scale > 0: order stays
         # a query that has seen no key has m_new = -inf, and -inf - -inf is nan: shift by 0, so p = 2^-inf = 0
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)        # (I,)
         p = tl.exp2(s * scale - shift[:, None])                     # (I, J) relative to the new maximum
         old = tl.exp2(m - shift)                                    # (I,) at most 1: the old sums shrink so
         values = _load(v, j, M, D, MASKED)                          # (J, D)
         # p is rounded to the dtype of v, because the tensor cores want two factors of one dtype: an error of
-        # at most 2^-9 of each weight in bf16. u sums p as it was before
+        # at most 2^-9 of each weight in bf16, which has 8 bits. u sums p as it was before
         w = w * old[:, None]
         w = tl.dot(p.to(values.dtype), values, w, input_precision="tf32x3")     # (I, D): w + p v
         u = u * old + tl.sum(p, 1)                                  # (I,)
@@ -428,7 +440,8 @@ def _attention_forward(q, k, v, o, lse, row_start, row_end, col_end, bounds, N, 
     start = tl.load(row_start + i, mask=i < N, other=0)
     end = tl.load(row_end + i, mask=i < N, other=0)     # rows from N on: start = end = 0, they see nothing
     queries = _load(q + z * N * D, i, N, D, True)       # (I, D)
-    keys, values = k + z // GROUP * M * D, v + z // GROUP * M * D     # GROUP query heads in a row share these
+    # GROUP = H / Hkv query heads in a row share a key head: z = b H + h needs b Hkv + h // GROUP = z // GROUP
+    keys, values = k + (z // GROUP) * M * D, v + (z // GROUP) * M * D   # pointers
     # 1. the summary of no keys
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     u = tl.zeros([BLOCK_Q], tl.float32)
@@ -461,7 +474,8 @@ def _attention_forward(q, k, v, o, lse, row_start, row_end, col_end, bounds, N, 
 #
 # Two kernels, because dq sums over keys, and dk and dv over queries: each program owns the rows that it sums,
 # nobody adds to memory that others write, and the result never depends on who comes first. The price: p is
-# computed twice.
+# computed twice. A query that sees no key has lse = -inf, so p = 2^inf until the comparison puts 0 in its
+# place.
 
 
 @kernel
@@ -475,15 +489,15 @@ def _attention_dq(q, k, v, do, dq, lse, delta, row_start, row_end, col_end, boun
     start = tl.load(row_start + i, mask=i < N, other=0)[:, None]    # (I, 1), to be compared with (1, J)
     end = tl.load(row_end + i, mask=i < N, other=0)[:, None]
     queries = _load(q + z * N * D, i, N, D, True)                   # (I, D)
-    grads = _load(do + z * N * D, i, N, D, True)                    # (I, D)
+    grads = _load(do + z * N * D, i, N, D, True)                    # (I, D): do
     row_lse = tl.load(lse + z * N + i, mask=i < N, other=0.0)       # (I,)
     row_delta = tl.load(delta + z * N + i, mask=i < N, other=0.0)   # (I,)
     acc = tl.zeros([BLOCK_Q, D], tl.float32)
     for run in tl.static_range(3):
         for j0 in range(tl.load(bounds + tile * 4 + run), tl.load(bounds + tile * 4 + run + 1), BLOCK_K):
             j = j0 + tl.arange(0, BLOCK_K)                          # (J,)
-            keys = _load(k + z // GROUP * M * D, j, M, D, run != 1)             # (J, D)
-            values = _load(v + z // GROUP * M * D, j, M, D, run != 1)           # (J, D)
+            keys = _load(k + (z // GROUP) * M * D, j, M, D, run != 1)           # (J, D)
+            values = _load(v + (z // GROUP) * M * D, j, M, D, run != 1)         # (J, D)
             s = tl.dot(queries, tl.trans(keys), input_precision="tf32x3")       # (I, J)
             p = tl.exp2(s * scale - row_lse[:, None])                           # (I, J)
             if run != 1:
@@ -533,7 +547,8 @@ def _attention_dkv(q, k, v, do, dk, dv, lse, delta, row_start, row_end, col_end,
 # BLOCK_Q, BLOCK_K, warps, stages for 16-bit inputs. A program is run by that many warps, of 32 threads each;
 # stages is how many loads run ahead of the arithmetic, each with a tile of its own in the shared memory of
 # the processor. "large" GPUs have 227 KB of that: sm_90 (H100), sm_100 (B200); "small" ones, all others, at
-# least 99 KB. Chosen by what the compiler reports (no registers spilled into memory), never timed.
+# least 99 KB. All this changes the speed and not the result: any powers of two from 16 on would do. Chosen by
+# what the compiler reports (no registers spilled into memory), never timed.
 TILES = {  # large, D <= 64   large, D <= 128  small, D <= 64   small, D <= 128
     "forward": [(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
     "dq": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
@@ -548,7 +563,7 @@ def _capability(x):
 
 def _tiles(name, q):
     major = _capability(q)[0]
-    if major == 0:
+    if major == 0:                                          # the interpreter: anything will do
         return 64, 32, 4, 1
     if q.dtype == torch.float32:                            # three products for one, numbers twice as wide
         return 32, 32, 8, 2
@@ -616,10 +631,11 @@ def attention(q, k, v, mask=None, scale=None):
 
 def _check_attention(op, q, k, v, scale):
     """What both paths need; returns the scale."""
-    (B, H, N, D), (_, Hkv, M, _) = (x.shape if x.dim() == 4 else (0, 0, 0, 0) for x in (q, k))
-    fits = k.shape == v.shape == (B, Hkv, M, D) and min(N, M, D) > 0 and H % Hkv == 0
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    _check(fits, f"{op}: {shapes} must be (B, H, N, D), twice (B, Hkv, M, D), Hkv divides H, none empty")
+    wanted = f"{op}: {shapes} must be (B, H, N, D), twice (B, Hkv, M, D), Hkv divides H, none empty"
+    _check(q.dim() == k.dim() == 4 and k.shape == v.shape and min(*q.shape[1:], *k.shape[1:]) > 0, wanted)
+    B, H, N, D = q.shape
+    _check((k.shape[0], k.shape[3]) == (B, D) and H % k.shape[1] == 0, wanted)
     _check(q.dtype == k.dtype == v.dtype, f"{op}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}, not one dtype")
     scale = D ** -0.5 if scale is None else scale
     _check(scale > 0, f"{op}: scale {scale} must be positive, or the largest q . k is not the largest score")
@@ -680,7 +696,8 @@ def _decode_chunks(q, k, v, part_o, part_lse, lengths, R, S, rows, chunks, scale
     chunk = tl.program_id(0) % chunks
     x = tl.arange(0, ROWS)
     length = tl.minimum(tl.load(lengths + z // HEADS), S)               # beyond S lies somebody else's memory
-    end = length - (R - 1 - x % R) if CAUSAL else length + x * 0        # (ROWS,) the last token sees most
+    # (ROWS,): one past the last key that each sees; + x * 0 makes a tile of a number
+    end = length - (R - 1 - x % R) if CAUSAL else length + x * 0
     size = tl.cdiv(tl.cdiv(length, chunks), BLOCK) * BLOCK              # equal parts, but in whole tiles
     lo = chunk * size
     hi = tl.minimum(lo + size, length)
@@ -699,7 +716,7 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     (B, H, R, D), (Hkv, S) = q.shape, k.shape[1:3]
     rows = R * H // Hkv
     block, stages = (16, 2) if q.dtype == torch.float32 else (64, 3)    # keys of a tile
-    chunks = min(64, -(-S // 256))              # of 256 keys, or 64 longer ones, which fill a GPU
+    chunks = min(64, -(-S // 256))              # of 256 keys; at most 64 a head fill a GPU
     part_o = torch.empty(B * Hkv, chunks, rows, D, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(B * Hkv, chunks, rows, dtype=torch.float32, device=q.device)
     _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, lengths, R, S, rows, chunks,
@@ -724,8 +741,8 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     cache, one number. An int above S is an error; a tensor is not looked at (the CPU would have to wait for
     the GPU), and the kernel reads S places then.
 
-    Kernel: no gradient, so train with `attention`; dtypes and D as there; R H / Hkv <= 64. A cache that is
-    not contiguous, or whose D is not 16, 32, 64 or 128, is copied at every call.
+    Kernel: dtypes and D as for `attention`; R H / Hkv <= 64. It has no gradient: where one is asked for,
+    torch runs. A cache that is not contiguous, or whose D is not 16, 32, 64 or 128, is copied at every call.
     """
     op, S = "decode_attention", k_cache.shape[2]
     if torch.is_autocast_enabled(q.device.type):
@@ -738,7 +755,7 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
         length = torch.as_tensor(length, device=q.device)
         _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
     with torch.autocast(q.device.type, enabled=False):
-        if path(q).name == "triton":
+        if path(q).name == "triton" and not _needs_gradient(q, k_cache, v_cache):
             rows = R * H // k_cache.shape[1]
             hint = f"use attention(mask=causal({R}, length))"
             _check(rows <= 64, f"{op}: {rows} queries a key head > 64; {hint}")
@@ -831,8 +848,7 @@ def scan_attention(s, v, state=None, return_state=False):
     _check(s.shape == v.shape[:-1] and s.numel() > 0, f"scan_attention: {shapes} must be (.., N), (.., N, D)")
     if state is None:                                   # the summary of no keys
         state = torch.full_like(s[..., 0], -INF), torch.zeros_like(s[..., 0]), torch.zeros_like(v[..., 0, :])
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (s, v, *state))
-    if gradient or path(s).name == "reference":
+    if path(s).name == "reference" or _needs_gradient(s, v, *state):
         out, state = _scan_torch(s, v, state)
     else:
         N, D = v.shape[-2:]
@@ -1057,7 +1073,8 @@ def nearest_code(points, codebook, return_distance=False):
     points, codebook = points.detach().float(), codebook.detach().float()
     half = 0.5 * codebook.square().sum(1)                               # (K,)
     index = torch.empty(len(points), dtype=torch.long, device=points.device)
-    # 8 MB of distances at a time stay in a CPU's cache; in one place, as new blocks left 2.5 GB of holes
+    # 8 MB of distances at a time stay in a CPU's cache. One block, used again: new ones left gaps
+    # in the heap, 2.5 GB in all
     rows = max(1, 2**21 // len(codebook))
     distances = torch.empty(rows, len(codebook), device=points.device)
     with torch.autocast(points.device.type, enabled=False):             # in bf16 neighbours would swap
@@ -1105,7 +1122,7 @@ def path(x):
     if x.is_cuda and triton is not None:
         generation = "sm_%d%d" % _capability(x)
         if torch.compiler.is_compiling() and not forced:
-            return Path("reference", "inside torch.compile, which has attention kernels of its own")
+            return Path("reference", "inside torch.compile, which makes kernels of its own")
         if _capability(x)[0] < 8 and not forced:
             return Path("reference", f"{generation} is older than sm_80, which the kernels are made for")
         return Path("triton", f"GPU, {generation}")
@@ -1114,6 +1131,10 @@ def path(x):
         return Path("reference", why)
     _check(interpreting(), f'use("triton"): {why}; move it to a GPU, or import under TRITON_INTERPRET=1')
     return Path("triton", "CPU tensor, Triton's interpreter (slow, for tests)")
+
+
+def _needs_gradient(*tensors):
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _launch(x, function, programs, *arguments, **constants):
