@@ -413,7 +413,8 @@ def conformal(errors, level):
     exchangeable only roughly, which is why `forecast` prints what was covered.
     """
     known = (~errors.isnan()).sum(0)                           # (C, H): N for each column and step
-    rank = ((known + 1) * level - 1e-9).ceil().long()          # 1e-9: rounding must not lift 16.0000001 to 17
+    # in 64 bits, less 1e-9: rounding must not lift 25 * .6 = 15.0000004 (in 32 bits) to rank 16
+    rank = ((known + 1).double() * level - 1e-9).ceil().long()
     sizes = errors.abs().nan_to_num(nan=math.inf).sort(0).values
     sizes = torch.cat([sizes, torch.full_like(sizes[:1], math.inf)])   # (N + 1, C, H): rank N + 1 is infinite
     return sizes.gather(0, rank[None] - 1)[0]

@@ -393,6 +393,8 @@ def test_conformal_covers_new_errors_as_promised_or_says_infinity():
     known = torch.arange(1.0, 21)[:, None, None]                 # 20 errors: 1 .. 20
     assert ts.conformal(known[:19], 0.8).item() == 16 and ts.conformal(-known[:19], 0.8).item() == 16
     assert ts.conformal(known, 0.95).item() == 20 and ts.conformal(known, 0.99).item() == math.inf
+    more = torch.arange(1.0, 25)[:, None, None]                 # 24 errors: 25 * .6 is 15, and 15.0000004 in 32 bits
+    assert ts.conformal(more, 0.6).item() == 15
     known[4] = math.nan                                          # a missing error does not count
     assert ts.conformal(known, 0.95).item() == 20 and ts.conformal(known, 0.96).item() == math.inf
 
