@@ -658,7 +658,7 @@ def train(config, models, data, dtype=torch.float32, path=None, state=None):
 def make_optimizers(models, config, dtype):
     """Muon for matrices inside the blocks; AdamW, at a quarter of its rate, for embeddings and heads.
 
-    AdamW alone, at .004, left this deep target at 1.56 nats per byte where Muon reached 1.33.
+    AdamW alone, at .004, left this deep target .23 nats per byte worse after the same 400 steps.
     """
     inside, outside = [], []
     for model in models.values():
@@ -762,7 +762,7 @@ def load_data(config):
         fail(f"--data {config.data}: a tenth is {len(test_text)} bytes, less than --context {config.context}")
     return SimpleNamespace(
         train=windows(train_text, config.context, 32),
-        test=windows(test_text, config.context, config.context)[:100], test_text=test_text.tolist(),
+        test=windows(test_text, config.context, 4 * config.context), test_text=test_text.tolist(),
         ngrams=NGrams(256).fit(train_text.tolist()),
         unigram=torch.bincount(train_text, minlength=256).double() / len(train_text))
 
@@ -1066,8 +1066,8 @@ def make_models(config):
 
 def sample(config, models, data, path):
     """Go on from a prompt with n-grams as the drafter; print the text, draw who chose what."""
-    middle = len(data.test_text) // 2
-    prompt = list(config.prompt.encode()) or data.test_text[middle - PROMPT:middle]
+    third = len(data.test_text) // 3
+    prompt = list(config.prompt.encode()) or data.test_text[max(0, third - PROMPT):third]
     if len(prompt) + config.new > config.context:
         fail(f"--prompt: {len(prompt)} bytes and --new {config.new} exceed --context {config.context}")
     target, dice = new_stream(config, models["target"]), Dice(rng_at(config.seed, SAMPLING))

@@ -110,8 +110,8 @@ def test_the_true_law_is_the_softmax_of_the_training_forward():
     wanted = model(torch.tensor([[0, 2, 1]]))[0, -1].div(0.7).softmax(-1)
     assert torch.allclose(nano_spec.truth_of(model, 0.7)([0, 2, 1]), wanted, atol=1e-15)
     cut = nano_spec.truth_of(model, 0.7, top_k=2)([0, 2, 1])
-    assert cut.argmin() == wanted.argmin() and cut.min() == 0 and torch.allclose(cut[0] / cut[1], wanted[0] / wanted[1]) \
-        or wanted.argmin() < 2
+    wanted[wanted.argmin()] = 0                                  # of three, the two likeliest stay
+    assert torch.allclose(cut, wanted / wanted.sum(), atol=1e-15)
 
 
 # --- the rule --------------------------------------------------------------------------------------------
@@ -326,12 +326,12 @@ def test_watched_acceptance_predicts_the_tokens_per_call():
 
 def test_watch_counts_the_places_looked_at():
     p, q = laws(0)
-    watch = Watch(SimpleNamespace(propose=lambda *_: ([1, 2], [q, q]), update=lambda *_: None), 3)
+    watch = Watch(SimpleNamespace(propose=lambda *_: ([1, 2], [q, p]), update=lambda *_: None), 3)
     for new in ([1, 2, 0], [1, 5], [4]):                         # both kept, one kept, none kept
         watch.propose([0], 2, None)
         watch.update([0, *new], 1, torch.stack([p, q, p]))
     overlap = float(torch.minimum(p, q).sum())
-    assert watch.looks == [3, 2, 0] and watch.alphas() == pytest.approx([overlap, 1.0, 0.0]) and watch.calls == 3
+    assert watch.looks == [3, 2, 0] and watch.alphas() == pytest.approx([overlap, overlap, 0.0]) and watch.calls == 3
 
 
 # --- training, commands ----------------------------------------------------------------------------------
@@ -413,8 +413,10 @@ def test_main_writes_everything(finished):
         assert all(math.isfinite(m[name]) for name in ("alpha", "speedup", "predicted_speedup", "predicted_tau"))
         assert m["tv"] < 1e-12                                   # the trained models, 256 bytes, top-k 2
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     nano_spec.main(["sample", "--out", str(out), "--device", "cpu", "--prompt", "line 7", "--gamma", "2"])
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2                          # one while it wrote
+    torch.set_num_threads(threads)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(finished, tmp_path, capsys, monkeypatch):
