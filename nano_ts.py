@@ -1,4 +1,4 @@
-"""nano_ts: forecast a time series from its own past. Seven models, one protocol, and a forecast of your CSV.
+"""nano_ts: forecast a time series from its own past. Eight models, one protocol, and a forecast of your CSV.
 
 Autoregression: predict the next steps, append them to the history, slide, repeat. From model to model two
 things differ: how many steps one call emits (S), and how it reads the history.
@@ -93,6 +93,8 @@ class LagModel:
         self.lags = torch.as_tensor(list(lags))
         self.weight = torch.as_tensor(weight, dtype=torch.float64)
         self.lookback, self.chunk, self.centre = lookback, self.weight.shape[1], centre
+        if not 1 <= self.lags.min() <= self.lags.max() <= lookback:     # a lag of 0 would read the answer
+            raise ValueError(f"lags must be from 1 to the lookback, {lookback}")
 
     def __call__(self, x):
         level = x.mean(-1, keepdim=True) if self.centre else 0 # (B, C, 1)
@@ -101,9 +103,10 @@ class LagModel:
 
     @functools.cache                                           # weights never change after __init__
     def matrix(self, horizon):
-        """(L, H). A roll-out of a linear rule is linear: its answers to the L unit histories say everything.
+        """(L, H). Row i: the forecast of the history that is 1 at place i and 0 elsewhere.
 
-        All forecasts of all windows are then one product, history @ matrix: the same numbers, far faster.
+        A roll-out of a linear rule is linear, and any history is a sum of such unit histories. So all
+        forecasts of all windows are one product, history @ matrix: the same numbers, far faster.
         """
         units = torch.eye(self.lookback, dtype=torch.float64)[:, None]  # (L, 1, L): history i is 1 at place i
         return rollout(self, units, horizon)[:, 0]
@@ -141,7 +144,7 @@ def fit_lags(table, lags, lookback, chunk=1, ridge=1e-6, centre=True):
 
 
 def stabilise(model):
-    """One-step models: weights times rho^lag, which is eigenvalues times rho, until none is above 1.
+    """One-step models: weights times rho^lag, so eigenvalues times rho = .9999 / radius.
 
     Least squares looks one step ahead and does not mind a radius of 1.01, but 1.01^720 is 1,300. A centred
     rule keeps one eigenvalue at 1, its level. 1.0005^720 is 1.4 and may stay: a clean daily wave has
@@ -162,11 +165,12 @@ def seasonal_lags(period, seasons, short=2):
     back a month.
     Example: period 24, 2 seasons -> 1, 2, 24, 25, 26, 48, 49, 50
     """
-    return [*range(1, short + 1), *(period * k + j for k in range(1, seasons + 1) for j in range(short + 1))]
+    lags = {period * k + j for k in range(1, seasons + 1) for j in range(short + 1)}
+    return sorted(lags | set(range(1, short + 1)))      # a set: with period 1 or 2 some come twice
 
 
 def enough(table, rows):
-    """Refuse to fit where not even one window of this many rows fits into the table."""
+    """Refuse to fit where there are not at least two windows of this many rows."""
     if len(table) <= rows:
         raise ValueError(f"it needs more than {rows} rows to learn from, there are {len(table)}")
 
@@ -287,7 +291,8 @@ class SegmentDecoder(nn.Module):
         for block in self.blocks:
             x = block(x, kernels.causal(self.tokens))          # day i sees the days 1 .. i
         # the net only corrects "the next days are the mean day", which is sane before the first training step
-        skip = mean_day.repeat(1, 1, self.chunk // self.token) # (N, tokens, S): the mean day, S / token times
+        # S is a multiple of the token, so the mean day fits in S / token times: (N, tokens, S)
+        skip = mean_day.repeat(1, 1, self.chunk // self.token)
         return skip + self.gate * self.head(self.norm(x))
 
     def forward(self, x):
@@ -446,7 +451,7 @@ def generate(rows, seed):
     x = torch.randn(rows + 2000, 4, generator=rng, dtype=torch.float64).numpy()
     for t in range(max(LAW), len(x)):                          # until here x is only the noise
         x[t] += sum(weight * x[t - lag] for lag, weight in LAW.items())
-    return 20 + x[2000:]                                       # without the start, which came from nothing
+    return 20 + x[2000:]                                       # before, the pattern has yet to build up
 
 
 ETT_URL = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/"
@@ -549,7 +554,7 @@ def to_date(cell, form):
 
 
 def to_number(cell, comma):
-    """'12.5' -> 12.5; with `comma` (files separated by ;) '1.234,5' -> 1234.5; text and empty cells -> nan"""
+    """'12.5' -> 12.5; with decimal commas '1.234,5' -> 1234.5; text and empty cells -> nan"""
     try:
         value = float(cell.replace(".", "").replace(",", ".") if comma else cell)
     except ValueError:
@@ -625,9 +630,11 @@ def read_csv(path, target="", form=""):
     if len(set(rows[0])) < len(rows[0]):
         raise ValueError("two columns have the same name")
     cells = dict(zip(rows[0], itertools.zip_longest(*rows[1:], fillvalue="")))
+    # separated by ; because the comma is taken, for decimals? If no cell has one, points are decimal points
+    comma = separator == ";" and any("," in cell for row in rows[1:] for cell in row)
     dates, columns = find_clock(cells, form), {}
     for name in cells:
-        numbers = np.array([to_number(cell, separator == ";") for cell in cells[name]])    # (T,)
+        numbers = np.array([to_number(cell, comma) for cell in cells[name]])    # (T,)
         known = numbers[np.isfinite(numbers)]
         # left out: text, and what rises by one number in all rows: by 0 it never changes, by 1 it counts them
         if len(known) > max(2, 0.5 * len(numbers)) and np.ptp(np.diff(known)) > 0:
@@ -674,7 +681,8 @@ def build(name, table, P, config, path=None):
         return fit_lags(table, range(1, lookback + 1), lookback, chunk, ridge=1e-3)
     if name == "sar":                                          # 29 seasons, or what a thousand rows hold
         seasons = max(1, min(29, most // P - 1, 1000 // P - 1))
-        return fit_lags(table, seasonal_lags(P, seasons), P * (seasons + 1))
+        lags = seasonal_lags(P, seasons)
+        return fit_lags(table, lags, P * -(-max(lags) // P))   # whole seasons that hold all lags
     torch.manual_seed(config.seed)                             # the first weights
     if name == "arnet":
         net = ARNet(lookback, sparsity=0.3)
@@ -757,7 +765,10 @@ class Ladder:
             print(f"{name:<14}{row['params']:>8,}{row['lookback']:>9}{row['fit_seconds']:>7.1f}{cells}"
                   f"{row['mean']:>10.4f}{row['skill']:>7.0%}{row['val']:>8.3f}", flush=True)
         # `truth` knows what no model can. Test errors stand in the table, but have no say in the choice.
-        best = min((row for row in self.rows if row["name"] != "truth"), key=operator.itemgetter("val"))
+        candidates = [row for row in self.rows if row["name"] != "truth"]
+        if not candidates:
+            fail("too few rows for every model: give more rows, or --model repeat,snaive")
+        best = min(candidates, key=operator.itemgetter("val"))
         windows = ", ".join(f"{n:,} at h = {h}" for h, n in best["windows"].items())
         print(f"test windows: {windows}; the validation rows choose {best['name']}")
         return best["name"]
@@ -944,7 +955,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)                   # now: a typing error must not cost the whole run
     series = load_series(config)
     horizons, names = read_lists(config, part, series)
-    # a forecast should learn from and be measured on the newest rows, so there published borders do not hold
+    # `forecast` alone learns from, and is measured on, the newest rows; else published borders, if any
     ends = series.ends if series.ends and part != "forecast" else split(series, horizons[-1])
     print(f"{ends[0]} rows to fit, {ends[1] - ends[0]} to choose, {ends[2] - ends[1]} to test; season of "
           f"{series.period}; nets on {device}", flush=True)

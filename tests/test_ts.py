@@ -86,6 +86,18 @@ def test_worked_examples_of_the_docstrings():
     fitted = ts.fit_lags(torch.tensor([[8.0], [4], [2], [1]]), [1], 1, centre=False, ridge=0)
     assert fitted.weight.item() == pytest.approx(0.5, abs=1e-6)
     assert ts.seasonal_lags(24, 2) == [1, 2, 24, 25, 26, 48, 49, 50] and len(ts.seasonal_lags(24, 29)) == 89
+    assert ts.seasonal_lags(1, 3) == [1, 2, 3, 4, 5] and ts.seasonal_lags(2, 2) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 24])
+def test_no_model_reads_the_answer_whatever_the_season(period):
+    """On white noise nothing can be learned: a weight near 1 would be that of the target itself."""
+    table = noise(1200, 2)
+    model = ts.build("sar", table, period, settings())
+    assert model.lags.max() <= model.lookback and model.lookback % period == 0
+    assert model.weight.abs().max() < 0.3
+    with pytest.raises(ValueError, match="lookback"):
+        ts.LagModel([1, 3], [[0.5], [0.5]], 2)
     assert ts.fill(np.array([[1.0], [2], [math.nan], [4]]), 2)[:, 0].tolist() == [1, 2, 1, 4]
     assert ts.advance(datetime.datetime(2023, 11, 30), 1, 1) == datetime.datetime(2023, 12, 31)
 
@@ -441,6 +453,8 @@ FORMS = {  # header and rows; --dates; the step; the last date
     "month ends": ("date,v\n2023-10-31,1\n2023-11-30,5\n2023-12-31,2\n2024-01-31,4\n", "", 1, "2024-01-31"),
     "semicolons": ("Datum;v\n2020-01-01;1.234,5\n2020-01-02;1.235,5\n2020-01-04;9,5\n2020-01-05;7\n", "",
                    datetime.timedelta(days=1), "2020-01-05"),
+    "semicolons, points": ("Datum;v\n2020-01-01;12.5\n2020-01-02;13.5\n2020-01-03;9.5\n2020-01-04;7\n", "",
+                           datetime.timedelta(days=1), "2020-01-04"),
     "parts": ("No,year,month,day,hour,v,wind\n" + "".join(f"{i + 1},2010,1,{1 + i // 24},{i % 24},{i * i % 50},SE\n"
                                                           for i in range(72)), "",
               datetime.timedelta(hours=1), "2010-01-03 23:00:00"),
@@ -452,6 +466,8 @@ def test_forms_of_dates(form, tmp_path):
     text, dates, step, last = FORMS[form]
     names, clock, found, table = ts.read_csv(write(tmp_path / "my.csv", text), form=dates)
     assert names == ["v"] and found == step and clock[-1] == datetime.datetime.fromisoformat(last)
+    if form == "semicolons, points":
+        assert table[:, 0].tolist() == [12.5, 13.5, 9.5, 7]
     if form == "semicolons":
         assert table[:, 0].tolist()[:2] == [1234.5, 1235.5] and math.isnan(table[2, 0]) and len(table) == 5
     if form == "month ends":
