@@ -265,9 +265,10 @@ class FSQ(nn.Module):
 
         Odd L: -(L - 1) / 2 .. (L - 1) / 2, by (L - 1) / 2 tanh z. Even L: -L / 2 .. L / 2 - 1, by moving the
         curve half a step down, and z by as much as keeps 0 at 0: atanh, the inverse of tanh, says how much.
-        (Their code has tan there, and a factor 1 - eps against infinities. Those come at L = 2 alone.)
+        (Their code has tan there, and narrows the curve by a thousandth; ours widens it by as much, so that
+        the outermost level can be met and not only be rounded to.)
         """
-        half = (self.levels - 1) / 2
+        half = (self.levels - 1) * 1.001 / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset
 
