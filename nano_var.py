@@ -95,7 +95,6 @@ class Pyramid(nn.Module):
         self.codes = nn.Buffer(torch.zeros(codebook_size, code_dim))    # (V, C)
         self.count = nn.Buffer(torch.zeros(codebook_size))              # running weight of these vectors
         self.total = nn.Buffer(torch.zeros(codebook_size, code_dim))    # their running sum: total / count
-        self.price = nn.Buffer(torch.zeros(len(scales), codebook_size))  # (K, V): see `set_prices`
         self.phi = nn.ModuleDict({str(s): nn.Conv2d(code_dim, code_dim, 3, padding=1) for s in scales[:-1]})
         for conv in self.phi.values():
             nn.init.dirac_(conv.weight)                 # the identity, to begin with
@@ -110,36 +109,8 @@ class Pyramid(nn.Module):
         return (h + self.phi[str(side)](h)) / 2         # half of it as it is, half repaired: as in VAR
 
     def nearest(self, z, k):
-        """Vectors (B, N, C) of map k -> tokens (B, N): the codes c with the least |z - c|^2 + price(c).
-
-        One number more, 0 in a vector and the root of the price in a code, makes this a plain distance.
-        """
-        longer = torch.cat([self.codes, self.price[k].sqrt()[:, None]], dim=1)  # (V, C + 1)
-        return kernels.nearest_code(F.pad(z.flatten(0, 1), (0, 1)), longer).view(z.shape[:2])
-
-    @torch.no_grad()
-    def set_prices(self, f, weight):
-        """From now on rare codes cost more (entropy-constrained quantization, Chou, Lookabaugh & Gray 1989).
-
-            price(c) = weight * D * -log p(c)           p(c): share of c among the tokens of its map,
-                                                        D: mean squared error of that map without prices
-
-        Why: many codes lie close together, above all where little is left over. To the decoder they say
-        nearly the same, but the nearest of them changes with every breath of the encoder. The transformer
-        could not foresee such choices and would spread its law over hundreds of codes: a fat tail, from which
-        one cell in a few draws a blot. With prices all these vectors take the commonest of the near codes.
-
-        Twice, since prices change the shares. D is measured once: it grows with the prices, and the prices
-        with it, until one code has taken all.
-        """
-        errors = None
-        for _ in range(2):
-            tokens, _, vectors = self.encode(f)
-            squares = split_maps((vectors - self.codes[tokens]).square().sum(-1), self.scales)
-            errors = errors or [square.mean() for square in squares]    # K numbers D
-            for k, index in enumerate(split_maps(tokens, self.scales)):
-                counts = torch.bincount(index.flatten(), minlength=len(self.codes)) + 0.05  # no p is 0
-                self.price[k] = -weight * errors[k] * torch.log(counts / counts.sum())
+        """Vectors (B, N, C) of map k -> tokens (B, N). Here all maps choose alike; a variant may use k."""
+        return kernels.nearest_code(z.flatten(0, 1), self.codes).view(z.shape[:2])
 
     def encode(self, f):
         """f (B, C, 8, 8) -> tokens (B, L), the K sums after each map, the vectors that were coded (B, L, C).
@@ -192,7 +163,7 @@ class Pyramid(nn.Module):
 
         A code whose weight falls below 5 % of its fair share is dead: near nothing, it would stay so for
         ever. It starts again as one of the vectors that are coded badly now. So the codebook starts, too: all
-        codes are dead at first. Once there are prices, to be rare is no fault: none starts again.
+        codes are dead at first.
         """
         # A vector of map k weighs 1 / s^2. Else the last map, with 64 of 85 vectors, would own the codebook.
         weight = torch.cat([torch.full((s * s,), 1 / s**2) for s in self.scales]).to(vectors)
@@ -202,13 +173,12 @@ class Pyramid(nn.Module):
         self.count.lerp_(hits, 1 - decay)                               # count <- 0.95 count + 0.05 hits
         self.total.lerp_(sums, 1 - decay)
         fair = weight.sum().item() / len(self.codes)
-        dead = (self.count < restart * fair * (not self.price.any())).nonzero()[:, 0]
+        dead = (self.count < restart * fair).nonzero()[:, 0]
         if len(dead):
             error = weight * (z - self.codes[index]).square().sum(-1) + 1e-12
             chosen = torch.multinomial(error.cpu(), len(dead), len(dead) > len(z), generator=rng).to(z.device)
             self.count[dead], self.total[dead] = fair, z[chosen] * fair
-        used = self.count > 1e-9                        # below, both sums run into 0: keep the code as it is
-        self.codes[used] = self.total[used] / self.count[used, None]
+        self.codes.copy_(self.total / self.count[:, None])
 
 
 # ----- tokenizer: pixels to latents and back ----------------------------------------------------------------
@@ -485,9 +455,6 @@ def train_tokenizer(config, tokenizer, data, dtype=torch.float32, path=None, sta
     every, losses, begun = max(1, config.tok_steps // 4), [], time.time() - seconds
     bar = tqdm.trange(first, config.tok_steps, desc="tokenizer", disable=None, leave=False)
     for step in bar:
-        if step == config.tok_steps * 2 // 3:           # codes have settled, the rest can still adapt
-            some = data.train_images[:1000].to(device) / 255
-            tokenizer.pyramid.set_prices(tokenizer.latents(some), config.rate)
         chosen = batch_at(step, len(data.train_images), 128, config.seed)
         images = data.train_images[chosen].to(device) / 255
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -976,14 +943,13 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "width": (64, 8, "channels of the tokenizer's convolutions"),
     "tok_steps": (800, 1, "steps of the tokenizer, 128 images each; the learning rate falls to 0 over them"),
     "tok_lr": (0.02, 0, "its learning rate of Muon; AdamW takes half of it"),
-    "rate": (0.5, 0, "what a rare code costs: weight of its bits against the error; 0: take the nearest"),
     "dim": (128, 32, "width of the transformer, a multiple of 32: a head has 32 numbers"),
     "depth": (4, 1, "number of its blocks"),
     "steps": (900, 1, "its steps; the learning rate falls to 0 over them, so none can be added"),
     "batch": (32, 1, "images per step of the transformer"),
     "lr": (0.04, 0, "its learning rate of Muon; AdamW takes a quarter of it"),
     "samples": (2000, 10, "images to draw"),
-    "guidance": (1.5, 0, "classifier-free guidance of the last map, from 1 at the first; 1: the plain model"),
+    "guidance": (1.25, 0, "classifier-free guidance of the last map, from 1 at the first; 1: the plain model"),
     "temperature": (1.0, 0, "divides the logits; 0 takes the most probable token"),
     "last_top_p": (0.5, 0.001, "draw the last map from its likeliest tokens of this mass; 1: from all"),
 }

@@ -166,30 +166,6 @@ def test_all_codes_are_dead_at_first_and_restarts_fill_the_codebook():
     assert share > 0.95 and perplexity > 40
 
 
-def test_prices_make_the_choice_of_codes_entropy_constrained():
-    """Brute force over all codes; D without prices, shares counted twice. No code starts again afterwards."""
-    pyramid, f = tiny_pyramid(), torch.randn(8, 4, 8, 8, dtype=torch.float64, generator=seeded(0))
-    plain, _, vectors = pyramid.encode(f)
-    errors = [e.mean() for e in split_maps((vectors - pyramid.codes[plain]).square().sum(-1))]
-    pyramid.set_prices(f, 0.0)
-    assert pyramid.encode(f)[0].equal(plain)                     # weight 0: the nearest codes
-    pyramid.price.zero_()
-    pyramid.set_prices(f, 0.7)
-    twin, price = tiny_pyramid(), torch.zeros(4, 16, dtype=torch.float64)
-    for _ in range(2):
-        twin.nearest = lambda z, k: (torch.cdist(z, twin.codes.expand(8, -1, -1)) ** 2 + price[k]).argmin(-1)
-        tokens = twin.encode(f)[0]
-        new = [torch.bincount(index.flatten(), minlength=16) + 0.05 for index in split_maps(tokens)]
-        price = torch.stack([-0.7 * e * (n / n.sum()).log() for e, n in zip(errors, new)])
-    torch.testing.assert_close(pyramid.price, price.double(), atol=1e-5, rtol=0)
-    priced = pyramid.encode(f)[0]
-    assert priced.equal(twin.encode(f)[0])
-    assert nano_var.usage(priced, 16)[1] < nano_var.usage(plain, 16)[1]  # fewer codes are in effective use
-    codes, rare = pyramid.codes.clone(), (torch.bincount(priced.flatten(), minlength=16) == 0).nonzero()[:, 0]
-    pyramid.train().update(vectors, torch.zeros_like(plain), seeded(0))
-    assert pyramid.codes[1:].equal(codes[1:]) and not pyramid.codes[0].equal(codes[0])
-
-
 # --- tokenizer -------------------------------------------------------------------------------------------
 def test_tokens_give_the_same_image_as_the_training_pass():
     torch.manual_seed(0)
@@ -222,9 +198,9 @@ def test_every_weight_of_the_tokenizer_gets_a_gradient_and_an_optimizer():
 
 
 def test_tokenizer_learns(tmp_path):
-    """60 steps on 400 glyphs: above 16 dB, and before there are prices many codes are in use; what `train_tokenizer` reports is so."""
+    """60 steps on 400 glyphs: above 16 dB, and most codes are in use; what `train_tokenizer` reports is so."""
     images = nano_var.glyphs(400, 0)[0]
-    config = SimpleNamespace(seed=0, tok_steps=60, tok_lr=0.02, codebook=64, rate=0.5)
+    config = SimpleNamespace(seed=0, tok_steps=60, tok_lr=0.02, codebook=64)
     data = SimpleNamespace(train_images=images[:360], test_images=images[360:])
     torch.manual_seed(0)
     tokenizer = Tokenizer(SCALES, 64, 8, 16)
@@ -233,7 +209,7 @@ def test_tokenizer_learns(tmp_path):
     tokens = nano_var.encode(data.test_images, tokenizer.eval())
     measured = nano_var.psnr(nano_var.decode(tokens, tokenizer), data.test_images)
     assert measured == history[-1]["psnr"] > 16 and history[-1]["error"] < history[0]["error"]
-    assert history[-1]["usage"] == nano_var.usage(tokens, 64)[0] and history[1]["usage"] > 0.3
+    assert history[-1]["usage"] == nano_var.usage(tokens, 64)[0] and history[-1]["usage"] > 0.7
     rates = [saved["param_groups"][0]["lr"] for saved in torch.load(tmp_path / "a.pt")["optimizers"]]
     torch.testing.assert_close(rates, [0.02 / 60, 0.01 / 60], rtol=1e-9, atol=0)
 
