@@ -949,7 +949,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "batch": (32, 1, "images per step of the transformer"),
     "lr": (0.04, 0, "its learning rate of Muon; AdamW takes a quarter of it"),
     "samples": (2000, 10, "images to draw"),
-    "guidance": (1.25, 0, "classifier-free guidance of the last map, from 1 at the first; 1: the plain model"),
+    "guidance": (1.25, 0, "classifier-free guidance at the last map, rising from 1; 1: the plain model"),
     "temperature": (1.0, 0, "divides the logits; 0 takes the most probable token"),
     "last_top_p": (0.5, 0.001, "draw the last map from its likeliest tokens of this mass; 1: from all"),
 }
