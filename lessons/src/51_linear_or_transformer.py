@@ -97,13 +97,13 @@ check.check_as_matrix(as_matrix)
 # happens to a constant history, which should stay where it is?
 
 # %%
-def probe(f, columns=1):
+def probe(f):
     """How far f is from linear, and what it makes of a history that is 5 everywhere (mean of S)."""
     rng = torch.Generator().manual_seed(1)
-    x, y = torch.randn(2, 1, columns, L, generator=rng)
+    x, y = torch.randn(2, 1, 1, L, generator=rng)
     with torch.no_grad():
-        gap = f(x + y) + f(torch.zeros(1, columns, L)) - f(x) - f(y)
-        return gap.abs().max(), f(torch.full((1, columns, L), 5.0)).mean()
+        gap = f(x + y) + f(torch.zeros(1, 1, L)) - f(x) - f(y)
+        return gap.abs().max(), f(torch.full((1, 1, L), 5.0)).mean()
 
 
 torch.manual_seed(0)
@@ -270,7 +270,15 @@ def by_batch(errors):  # the same forecasts, other batches
 changed = law.clone()
 changed[-240:] += 0.4 * torch.randn(240, 4, generator=torch.Generator().manual_seed(2))
 w = nano_ts.windows(changed[n - L:], L + S)
-by_batch((level(w[..., :L]) - w[..., L:]).flatten(1))
+error = (level(w[..., :L]) - w[..., L:]).flatten(1)
+by_batch(error)
+figure, axis = plt.subplots(figsize=(6, 2.3))
+axis.plot(error.square().mean(1), lw=1)
+for batch, colour in ((128, "tab:green"), (256, "tab:orange"), (512, "tab:red")):
+    axis.axvline(len(error) - len(error) % batch, color=colour, ls=":", label=f"batches of {batch} end here")
+axis.set(xlabel="test window, in the order of time", title="generated: mean square error of each window")
+axis.legend(fontsize=7)
+plt.show()
 
 # %%
 path = pathlib.Path(os.environ.get("NANO_DATA", "data"), "ETTh1.csv")
@@ -352,6 +360,17 @@ for name, x in (("law", law), ("echo", echo)):
     nets[name] = {"each column alone": own, "all to all": all_to_all(x), "iTransformer": transformer(x, 0)}
     for kind, f in nets[name].items():
         print(f"{name:5}{kind:18}", " ".join(f"{float(e):6.3f}" for e in test_error(f, x, apart=True)), "for columns 0 to 3")
+
+# %%
+w = echo[n + 400:n + 400 + L + S].T[None]
+figure, axis = plt.subplots(figsize=(6, 2.3))
+axis.plot(range(-48, S), w[0, 2, L - 48:], color="black", label="column 2")
+with torch.no_grad():
+    for kind, f in nets["echo"].items():
+        axis.plot(range(S), f(w[..., :L])[0, 2], label=kind)
+axis.set(xlabel="hours ahead", title="echo: one window of a column that follows")
+axis.legend(fontsize=7)
+plt.show()
 
 # %% [markdown]
 # On `law` the lean model wins: there is nothing to find across columns, and what can be found by chance is found, most of all by the large map,
