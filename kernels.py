@@ -26,8 +26,8 @@ to call.
 
 Which one runs: tensors on a CPU take torch; on an NVIDIA GPU the kernel, if its generation is sm_80 or later
 (2020: A100, RTX 30; the free T4 is sm_75). Two things take torch anyway: what torch.compile compiles, which
-makes kernels of its own from torch ops; and decode_attention and scan_attention when a gradient is asked for,
-as their kernels have no backward pass. What no kernel is made for (D > 128, V > 32768 in `sample`, float64)
+makes kernels of its own from torch ops; and scan_attention when a gradient is asked for, as its kernel has no
+backward pass. What no kernel is made for (D > 128, V > 32768 in `sample`, float64)
 is an error on a GPU, not a silent detour. `path(tensor)` says which runs and why; `use("reference")` and
 `use("triton")` override. Without Triton (macOS, Windows) all is torch.
 
@@ -741,8 +741,9 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     cache, one number. An int above S is an error; a tensor is not looked at (the CPU would have to wait for
     the GPU), and the kernel reads S places then.
 
-    Kernel: dtypes and D as for `attention`; R H / Hkv <= 64. It has no gradient: where one is asked for,
-    torch runs. A cache that is not contiguous, or whose D is not 16, 32, 64 or 128, is copied at every call.
+    Kernel: dtypes and D as for `attention`. It has no gradient, and takes R H / Hkv <= 64 queries of a key
+    head: else `attention` runs (or, with lengths in a tensor, torch). A cache that is not contiguous, or
+    whose D is not 16, 32, 64 or 128, is copied at every call.
     """
     op, S = "decode_attention", k_cache.shape[2]
     if torch.is_autocast_enabled(q.device.type):
@@ -754,11 +755,9 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     else:
         length = torch.as_tensor(length, device=q.device)
         _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
+    few = R * H // k_cache.shape[1] <= 64               # queries of a key head, which share one tile
     with torch.autocast(q.device.type, enabled=False):
-        if path(q).name == "triton" and not _needs_gradient(q, k_cache, v_cache):
-            rows = R * H // k_cache.shape[1]
-            hint = f"use attention(mask=causal({R}, length))"
-            _check(rows <= 64, f"{op}: {rows} queries a key head > 64; {hint}")
+        if path(q).name == "triton" and few and not _needs_gradient(q, k_cache, v_cache):
             lengths = torch.as_tensor(length, dtype=torch.int32, device=q.device).expand(B).contiguous()
             tensors = _for_kernel(op, q, k_cache, v_cache)
             return _decode_triton(*tensors, lengths, scale, causal)[..., :D].to(q.dtype)
@@ -768,6 +767,8 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
             return F.scaled_dot_product_attention(q, k, v, seen, scale=scale)
         mask = _causal(R, length) if causal and R > 1 else full(R, length)
         k_filled, v_filled = k_cache[:, :, :length], v_cache[:, :, :length]
+        if path(q).name == "triton":                    # many new tokens, such as a prompt
+            return attention(q, k_filled, v_filled, mask, scale)
         return _attention_torch(q, k_filled, v_filled, mask, scale)
 
 

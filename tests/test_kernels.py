@@ -474,7 +474,7 @@ def test_scores_that_would_overflow(triton_path):
 @needs_kernels
 @pytest.mark.parametrize("heads, rows, size, cache, length, causal", [
     ((4, 2), 1, 16, 100, [100, 37], True), ((2, 2), 5, 24, 130, 129, True), ((4, 1), 3, 16, 70, [3, 17], False),
-    ((2, 2), 1, 16, 40, 1, True), ((2, 1), 3, 16, 700, [2, 640], True),
+    ((2, 2), 1, 16, 40, 1, True), ((2, 1), 3, 16, 700, [2, 640], True), ((2, 1), 65, 16, 99, 80, True),
 ])  # fmt: skip
 def test_decode_kernel(heads, rows, size, cache, length, causal, triton_path):
     q, k, v = (scattered(2, h, n, size) for h, n in zip((heads[0], heads[1], heads[1]), (rows, cache, cache)))
@@ -483,6 +483,15 @@ def test_decode_kernel(heads, rows, size, cache, length, causal, triton_path):
     length = length if isinstance(length, int) else torch.tensor(length, device=DEVICE)
     truth = kernels.decode_reference(*(t.nan_to_num().double() for t in (q, k, v)), length, causal=causal)
     assert relative(kernels.decode_attention(q, k, v, length, causal=causal), truth) < EXACT
+
+
+@needs_kernels
+def test_decoding_has_a_gradient(triton_path):
+    q, k, v = (scattered(1, 2, n, 16).requires_grad_() for n in (3, 20, 20))
+    ours = torch.autograd.grad(kernels.decode_attention(q, k, v, 17).square().sum(), (q, k, v))
+    double = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    truth = torch.autograd.grad(kernels.decode_reference(*double, 17).square().sum(), double)
+    assert all(relative(a, b) < EXACT for a, b in zip(ours, truth))
 
 
 @needs_kernels
@@ -566,13 +575,11 @@ def test_verify_kernel_refuses_a_draft_that_does_not_exist(triton_path):
 
 @needs_kernels
 def test_what_kernels_do_not_support_is_refused(triton_path):
-    a, d = kernels.attention, kernels.decode_attention
+    a = kernels.attention
     wide, double = torch.zeros(1, 1, 4, 160), torch.zeros(1, 1, 4, 16, dtype=torch.double)
-    q, cache = torch.zeros(1, 1, 65, 16), torch.zeros(1, 1, 99, 16)
     for message, call in (
         ("no kernel for head size 160", lambda: a(*[wide.to(DEVICE)] * 3)),
         ("no kernel for torch.float64", lambda: a(*[double.to(DEVICE)] * 3)),
-        ("use attention(mask=causal(65", lambda: d(q.to(DEVICE), cache.to(DEVICE), cache.to(DEVICE), 80)),
         ("take at most 32768", lambda: kernels.sample(torch.zeros(1, 40000, device=DEVICE))),
         ("head size 160", lambda: kernels.scan_attention(wide[..., 0].to(DEVICE), wide.to(DEVICE))),
     ):
