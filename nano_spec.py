@@ -10,8 +10,8 @@ token of its own, and so it does when all stay: at least one token per call, at 
                                             at each place
     t h e _         c ~ q1                  p1 after "the_"           keep c with probability
                       a ~ q2                p2 after "the_c"          min(1, p1(c) / q1(c)), and go on; else
-                        t ~ q3              p3 after "the_ca"         draw from norm(max(p1 - q1, 0)) instead,
-                                            p4 after "the_cat"        and stop
+                        t ~ q3              p3 after "the_ca"         draw from max(p1 - q1, 0), scaled to
+                                            p4 after "the_cat"        the sum 1, instead, and stop
 
 This is speculative decoding, Algorithm 1 of Leviathan et al. 2022 (arXiv:2211.17192; Chen et al. 2023,
 arXiv:2302.01318, found it too), and here it is the function `accept`. What comes out has *exactly* the
@@ -35,7 +35,7 @@ width of a model, H heads, D = C / H, S places in a cache. Blocks between `# ---
 shared` stand word for word in other scripts too: read them once.
 
     python nano_spec.py                       train, write, prove, measure: everything goes to out/spec
-    python nano_spec.py prove                 the proof alone, on tiny models: seconds, nothing is written
+    python nano_spec.py prove                 the proof on tiny models alone: seconds, nothing is written
     python nano_spec.py --data book.txt       the same with a text of yours
     python nano_spec.py sample --prompt "The import" --gamma 4     go on from a prompt, draw trace.png
     python nano_spec.py bench --temperature 0.7    measure again, from the checkpoint
@@ -73,23 +73,27 @@ class Dice:
 
 
 def residual(p, q):
-    """norm(max(p - q, 0)), (V,) from two (V,): what p has more of than q.
+    """max(p - q, 0), scaled to the sum 1: (V,) from two (V,). What p has more of than q.
 
     For p = [.5, .3, .2], q = [.7, .2, .1]: max(p - q, 0) = [0, .1, .1], so [0, .5, .5].
     """
     more = (p - q).clamp(min=0)
     total = more.sum()
-    return more / total if total > 0 else p             # 0: p equals q, and a guess fell to a rounding error
+    return more / total if total > 0 else p             # 0: p = q, refused by rounding alone
 
 
 def accept(draft, q, p, dice):
     """The heart. g guesses, the q[i] (V,) each was drawn from, p (g + 1, V) -> 1 .. g + 1 tokens from p.
 
-    Why the first token has the distribution p exactly, with p = p[0] and q = q[0]: it is x by way of a guess
-    with probability q(x) min(1, p(x) / q(x)) = min(q(x), p(x)). A guess, whatever it is, fails with
-    probability 1 - sum min(q, p) = sum max(p - q, 0); then the residual, max(p - q, 0) over that same sum,
-    gives x. Together min(q, p)(x) + max(p - q, 0)(x) = p(x). In the example above guess 0 is kept with
-    probability .5 / .7, any other always: alpha = .5 + .2 + .1 = .8, and the missing .2 go to 1 and 2.
+    Why the first token has the distribution p exactly, with p = p[0] and q = q[0]. It is x
+
+        by way of a guess that stays    with q(x) min(1, p(x) / q(x))  =  min(q(x), p(x)),
+        by way of a guess refused       with r max(p(x) - q(x), 0) / sum max(p - q, 0),
+
+    where r is the probability that a guess, whatever it is, is refused: 1 - sum min(q, p) = sum max(p - q,
+    0), since p sums to 1. So the second line is max(p(x) - q(x), 0), and the two together are p(x). For the p
+    and q of `residual`: guess 0 stays with .5 / .7, any other always: alpha = .5 + .2 + .1 = .8, and the
+    missing .2 go to 1 and 2.
 
     The second token is looked at only if the first guess stayed; then p[1] is the distribution after just
     this guess, and the same holds, and so on. After a refusal all later guesses must go, however good:
@@ -97,9 +101,9 @@ def accept(draft, q, p, dice):
     """
     new = []
     for i, x in enumerate(draft):
-        # a guess that p likes more than q did always stays; one that q overrates stays with p / q. q is
-        # never 0 here: x was drawn from it. (Trap: p from one temperature and q from another is fine. But q
-        # must be what x was really drawn from; q rounded, or of the place before, and nothing is exact.)
+        # a guess that p likes more than q did always stays; one that q overrates stays with p / q. q is never
+        # 0 here: x was drawn from it. (q may be of another temperature than p. The trap: it must be what x
+        # was really drawn from. With q rounded, or of the place before, nothing is exact.)
         if dice.coin(min(1.0, float(p[i][x] / q[i][x]))):
             new.append(x)
         else:
@@ -288,8 +292,8 @@ class ModelDrafter:
         self.model = model
 
     def propose(self, text, gamma, dice):
-        # Its own rollback. It has read its guesses but the last one. If all of them stayed, its cache is one
-        # token short, and `distributions` reads two.
+        # Its own rollback, as of the target in `speculate`: at most all but the last token of the text are
+        # read. (Of its own guesses it never read the last. If all stayed, it now lacks two tokens, not one.)
         self.model.length = min(self.model.length, len(text) - 1)
         draft, q = [], []
         for _ in range(gamma):
@@ -372,7 +376,8 @@ class Jacobi:
 
     If guess 3 of 6 was refused, the call has still computed p4, p5, p6, for a text that went on otherwise.
     Wrong, but not without sense, and any q is legal as long as the guess is really drawn from it. At
-    temperature 0 this is Jacobi's iteration for the fixed point of greedy decoding (arXiv:2305.10427).
+    temperature 0 this is Jacobi's iteration for the fixed point of greedy decoding (arXiv:2305.10427). Its
+    weakness: if all guesses stayed, no call has looked further, and all q are `unseen`, byte frequencies.
     """
 
     def __init__(self, unseen):
@@ -508,8 +513,8 @@ def cases():
     def table(drafter, vocab=3, zeros=False, **more):
         return case(lambda: Table(vocab, 0, zeros), drafter, Table(vocab, 0, zeros).law, **more)
 
-    def gpt(drafter, top_k=0):
-        return case(lambda: Stream(net, 8, top_k=top_k), drafter, truth_of(net, top_k=top_k))
+    def gpt(drafter, **warped):
+        return case(lambda: Stream(net, 8, **warped), drafter, truth_of(net, **warped))
     net, small, flat = tiny_gpt(0), tiny_gpt(1, depth=1), torch.full((3,), 1 / 3, dtype=torch.float64)
     known, law = NGrams(3).fit([0, 1, 2, 0, 1, 0, 2, 0]), Table(3).law
     return {
@@ -525,11 +530,12 @@ def cases():
         "GPT, n-grams": gpt(lambda: NGrams(3, known=known)),
         "GPT, Jacobi": gpt(lambda: Jacobi(flat)),
         "GPT, top-k": gpt(lambda: ModelDrafter(Stream(small, 8, top_k=2)), top_k=2),
+        "GPT, cooler than its draft": gpt(lambda: ModelDrafter(Stream(small, 8)), temperature=0.5),
     }
 
 
 def trained_cases(config, models, data):
-    """The same for the trained models, in 64 bits; at top-k 2 few enough texts of 256 bytes are possible."""
+    """The same for the trained models, in 64 bits; top-k 2, so that few enough texts are possible."""
     target, draft = (copy.deepcopy(models[name]).double().cpu() for name in ("target", "draft"))
     law, prompt = truth_of(target, top_k=2), data.test_text[:8]
 
@@ -565,6 +571,8 @@ MUTANTS = {
                                       "GPT, draft GPT"),
     "top-k forgotten": (warp, "kernels.truncate(logits / temperature, top_k, top_p)",
                         "(logits / temperature)", "GPT, top-k"),
+    "temperature forgotten": (warp, "kernels.truncate(logits / temperature,", "kernels.truncate(logits,",
+                              "GPT, cooler than its draft"),
 }
 
 
