@@ -39,9 +39,9 @@ for k in (1, 2, 3):
     print(f"{k} guesses:", " ".join(f"{law[x]:.4f}" for x in range(3)), f"  wanted: {p.tolist()}")
 
 # %% [markdown]
-# One guess is the rule you know, and exact. With two, token 2 comes out less often than it should. The first guess is refused *because* it was 2; the
-# second one then gives the tokens 0 and 1 what the first had given them already. What is still missing after one refusal is no longer $p$ but the
-# residual. A sampled histogram of a few hundred draws would hardly show it. So let us first build the instrument, then the rules.
+# One guess is the rule you know, and exact. With two, token 2 comes out too often and token 0 too seldom. Only a 2 is ever refused
+# (of 0 and 1 the target wants more than $q$ gives); so after a refusal 2 has had its share, and the second guess gives it another. What is still missing then is no longer $p$ but the
+# residual. So let us first build the instrument, then the rules.
 #
 # **Exercise 1, an exam that you set.** `exam(rule)` -> the largest total variation, over cases that you choose, between $p$ and the law of the token
 # that `rule(p, q, guesses, dice)` returns, where `guesses` are $k$ independent draws from $q$. It must be 0 (below $10^{-12}$) for every exact rule, fast or slow, and clearly
@@ -77,7 +77,7 @@ check.check_exam(exam)
 #
 # ## Rules that are exact
 #
-# **Recursive rejection** (SpecInfer, Miao et al., arXiv:2305.09781, Algorithm 2). Start with $P=p$. A guess $x$ stays with probability
+# **Recursive rejection** (SpecInfer, Miao et al., arXiv:2305.09781). Start with $P=p$. A guess $x$ stays with probability
 # $\min(1,P(x)/q(x))$; if it is refused, $P\leftarrow\mathrm{norm}(\max(P-q,0))$, and the next guess is tested against the new $P$. When all are refused, draw
 # from the last $P$. By induction from the back: the rest of the procedure draws from $P$ exactly, so one step before it draws from $p$ exactly.
 #
@@ -109,7 +109,7 @@ def recursive(p, q, guesses, dice, distinct=False):
 check.check_recursive(recursive)
 
 # %% [markdown]
-# **K-SEQ** (SpecTr, Sun et al., arXiv:2310.15141, Algorithm 2) treats the $k$ independent guesses alike: each stays with probability
+# **K-SEQ** (SpecTr, Sun et al., arXiv:2310.15141) treats the $k$ independent guesses alike: each stays with probability
 # $\min(1,\,p(x)/(\rho\,q(x)))$. One guess brings $x$ with probability $m(x)=\min(q(x),p(x)/\rho)$, and something with $\beta=\sum m$. One of $k$ guesses stays with
 # probability $a=1-(1-\beta)^k$, and is then distributed as $m/\beta$. If none stays, draw from what is left,
 # $\mathrm{norm}(p-a\,m/\beta)$. That is only possible if nothing in it is negative, that is $a\le\rho\,\beta$. Small $\rho$ accepts more; so find the
@@ -324,8 +324,8 @@ class TreeStream(nano_spec.Stream):
 
 # %% [markdown]
 # Now the tree grows. **Each level is fed to the draft once**: its ancestors lie in the cache. (Feeding the whole tree again for each level
-# is an easy slip, and gives the right tree. In an earlier version of `nano_spec` it made the draft so slow that trees lost to chains, and the tree
-# was blamed.)
+# is an easy slip, and gives the right tree. It makes the draft so slow that a chain
+# wins, and then the tree is blamed.)
 
 # %%
 def draft_tree(draft, text, widths, dice, pick):
@@ -510,13 +510,13 @@ for widths, row in taus.items():  # a draft call counts a third: one block, wher
 # %% [markdown]
 # ## What came out, and what did not
 #
-# **At temperature 1 the most probable children are a bad choice** (1.38 to 1.89 tokens per call), however the tree is shaped: this target is unsure, and its draws are mostly
+# **At temperature 1 the most probable children are a bad choice** (1.36 to 1.89 tokens per call), however the tree is shaped: this target is unsure, and its draws are mostly
 # not the favourite. Guesses that are *drawn* bring 3.66 with the same calls. At temperature 0 it is the other way round: the favourite is what counts, and a chain of
-# favourites brings 4.47. Papers that praise trees of favourites mostly measure at temperature 0.
+# favourites brings 4.47. So look at the temperature when you read about trees of favourites.
 #
 # **With equal guesses the tree does not beat the chain in tokens.** 2-1-1-1-1-1-1, 14 guesses, brings 3.66, as the chain of 14 does; broader trees bring less. Where most guesses
-# stay, depth pays. But the chain asks the draft 14 times in a row, that tree seven times, 2-2-2 three times. Look at the last column but one, the case of a large GPU, on
-# which 15 tokens cost what one does: the long chain is slower than writing one by one (.65), the chain of three gains 1.41, and **2-2-2 gains most, 1.60**, with as many draft calls as the
+# stay, depth pays. But the chain asks the draft 14 times in a row, that tree seven times, 2-2-2 three times. Look at the last lines. If 15 tokens cost what one does, as on
+# a large GPU, the long chain is slower than writing one by one (.65), the chain of three gains 1.41, and **2-2-2 gains most, 1.60**, with as many draft calls as the
 # chain of three. If a call on 15 tokens costs two, as on many a CPU, hardly anything is left of it (1.07). So the tree is a trade: longer target calls for fewer draft calls.
 # And it needs the cache across levels: fed again, 2-1-1-1-1-1-1 would have its draft read 49 nodes instead of 13.
 #
@@ -528,7 +528,7 @@ for widths, row in taus.items():  # a draft call counts a third: one block, wher
 # With one guess for each place your rule *is* the script's `accept`. Put it in, and let the script's own proof judge it; then the tree of seven levels beside the
 # chain of 14.
 #
-# **Read on.** SpecInfer (2305.09781), Theorem 4.2; SpecTr (2310.15141), section 4 and Algorithm 2; Towards optimal multi-draft speculative decoding (2502.18779). EAGLE's code
+# **Read on.** SpecInfer (2305.09781); SpecTr (2310.15141); Towards optimal multi-draft speculative decoding (2502.18779). EAGLE's code
 # (`SafeAILab/EAGLE`) verifies with $q=1$ for every child: why may it? (Its children are the most probable ones, not drawn.) Lesson 41 gets its guesses for nothing; lesson 42 gives up exactness, and measures the price.
 
 # %%
