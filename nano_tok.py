@@ -61,7 +61,8 @@ import kernels
 # Tokens 0..255 are the bytes, so that any file can be written; merge number i makes token 256 + i. A merge
 # stays inside a chunk: a run of letters, of digits, or of other signs, each with the one space before it; or
 # white space. Without chunks the frequent "e t" and "s, a" would become tokens, and "dog", "dog.", "dog!"
-# would share none. Bytes from 128 on (every letter outside ASCII, in UTF-8) count as letters.
+# would share none. Bytes from 128 on (every letter outside ASCII, in UTF-8) count as letters. Of white space
+# before a word \s+(?!\S) takes all but the last: if that is a space, the word has it.
 CHUNKS = rb" ?[A-Za-z\x80-\xff]+| ?[0-9]+| ?[^\sA-Za-z0-9\x80-\xff]+|\s+(?!\S)|\s+"
 
 
@@ -70,7 +71,7 @@ def merge(ids, pair, new):
     out = []
     for i in ids:
         if out and (out[-1], i) == pair:
-            out[-1] = new                               # it is no byte, so `aaa` gives aa, a: no overlap
+            out[-1] = new                               # `new` is not in `pair`: aaa gives aa, a
         else:
             out.append(i)
     return out
@@ -157,10 +158,11 @@ def straight_through(z, q):
 
 
 def spread(distance, n, rng):
-    """Draw n of N points, in proportion to their squared distance (N,) from the nearest code -> indices (n,).
+    """Draw n of N points, in proportion to a squared distance of each (N,) -> indices (n,).
 
-    There a new code helps most. At random it would fall where most points are, and on MNIST most cells are
-    black: fifty codes for nothing. (k-means++ draws its start so: Arthur & Vassilvitskii 2007.)
+    The distance is how badly a point is coded; there a new code helps most. At random it would fall where
+    most points are, and on MNIST most cells are black: fifty codes for nothing. (k-means++ starts like this,
+    but draws one by one, and looks again after each: Arthur & Vassilvitskii 2007.)
     """
     # all 0 when each point has a code of its own; nan in a run that diverges, which its report will tell
     weights = distance.float().cpu().nan_to_num(0, 0) + 1e-12
@@ -204,8 +206,8 @@ class VectorQuantizer(nn.Module):
         index, sums = residual_quantize(points, self.codes)
         if self.training:
             self.update(points, index, sums, rng)
-        # every partial sum is to be near z, so that each codebook does all that it can (Lee et al. 2022,
-        # arXiv:2203.01941)
+        # every partial sum (D, B, T, C) is to be near z, so that each codebook does all that it can (Lee et
+        # al. 2022, arXiv:2203.01941); this moves z alone, as codes have no gradient
         loss = self.commitment * (z - sums.view(-1, *z.shape)).square().mean()
         return straight_through(z, sums[-1].view_as(z)), index.view(*z.shape[:2], -1), loss
 
@@ -220,12 +222,12 @@ class VectorQuantizer(nn.Module):
         (k-means on that batch would give a better codebook, but for a network that has learned nothing yet.)
         """
         for d, codebook in enumerate(self.codes):
-            unusual = (points - points.mean(0)).square().sum(-1)          # (N,)
+            unusual = (points - points.mean(0)).square().sum(-1)          # (N,), from the mean: no codes yet
             codebook.copy_(points[spread(unusual, self.size, rng)])
             # as if each had had its fair share of vectors so far: with count 1 it would pass for dead at once
             self.count[d] = len(points) / self.size
             self.total[d] = codebook * self.count[d, :, None]
-            points = points - codebook[kernels.nearest_code(points, codebook)]
+            points = points - codebook[kernels.nearest_code(points, codebook)]  # what is left for the next
 
     @torch.no_grad()
     def update(self, points, index, sums, rng):
@@ -236,12 +238,12 @@ class VectorQuantizer(nn.Module):
         """
         fair = len(points) / self.size
         for d, codebook in enumerate(self.codes):
-            rest = points - sums[d - 1] if d else points         # what this codebook had to code: (N, C)
+            rest = (points - sums[d - 1]) if d else points       # what this codebook had to code: (N, C)
             number = torch.bincount(index[:, d], minlength=self.size).float()
             self.count[d].lerp_(number, 1 - self.decay)
             self.total[d].lerp_(torch.zeros_like(codebook).index_add_(0, index[:, d], rest), 1 - self.decay)
             dead = (self.count[d] < self.restart * fair).nonzero()[:, 0]
-            if len(dead):                                        # to where the error is largest
+            if len(dead):                                        # to where it leaves the largest error
                 fresh = rest[spread((points - sums[d]).square().sum(-1), len(dead), rng)]
                 self.count[d, dead], self.total[d, dead] = fair, fresh * fair
             codebook.copy_(self.total[d] / self.count[d, :, None])
@@ -265,6 +267,7 @@ class FSQ(nn.Module):
 
         Odd L: -(L - 1) / 2 .. (L - 1) / 2, by (L - 1) / 2 tanh z. Even L: -L / 2 .. L / 2 - 1, by moving the
         curve half a step down, and z by as much as keeps 0 at 0: atanh, the inverse of tanh, says how much.
+        L = 6: 2.5 tanh - .5 runs from -3 to 2, six integers; 0 is met at tanh = .2, so z moves by atanh .2.
         (Their code has tan there, and narrows the curve by a thousandth; ours widens it by as much, so that
         the outermost level can be met and not only be rounded to.)
         """
@@ -292,7 +295,10 @@ class FSQ(nn.Module):
 #   quantizer.lookup(index) -> q           integers below V; what the decoder is given
 # Add one of your own: QUANTIZERS["mine"] = a function of the settings; then --quantizer mine.
 QUANTIZERS = {
-    "vq": lambda config: VectorQuantizer(config.codebook, config.code_dim),
+    # a weaker pull for K tokens: the same PSNR with fewer codes in effective use, easier for nano_ar to
+    # foresee
+    "vq": lambda config: VectorQuantizer(config.codebook, config.code_dim,
+                                         commitment=0.25 if config.queries else 1.0),
     "rvq": lambda config: VectorQuantizer(config.codebook, config.code_dim, config.depth),
     "fsq": lambda config: FSQ([int(number) for number in config.levels.split(",")]),
 }
@@ -333,14 +339,14 @@ class Reader(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
-        nn.init.zeros_(self.down.weight)                # proj not: all queries would stay alike
+        nn.init.zeros_(self.down.weight)                # proj not: queries must read something at once
 
     def forward(self, x, memory):
         q = self.q(norm(x)).unflatten(2, (-1, 16)).transpose(1, 2)        # heads of 16: (B, H, N, 16)
         kv = self.kv(norm(memory)).unflatten(2, (2, -1, 16))             # (B, M, 2, H, 16)
         k, v = kv.permute(2, 0, 3, 1, 4)                                  # (B, H, M, 16) each
-        # scores up to 16 * 0.5 = 8, twice the usual 16^-0.5 * 16 = 4: queries can single a cell out sooner.
-        # (.to: under autocast norm computes in 32 bits, and matrix products want the 16 of v.)
+        # norm makes |q| = |k| = 4, so scores reach 16 * 0.5 = 8, twice the usual 16 * 16^-0.5 = 4: queries
+        # can single a cell out sooner. (.to: norm gives 32 bits also under autocast, and v has 16.)
         y = kernels.attention(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=0.5)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
@@ -520,8 +526,8 @@ BLOCKS = (Residual, Reader)  # modules whose parameters are all matrices, from f
 def make_optimizers(model, config, dtype):
     """Muon for the matrices inside the blocks; AdamW, at half its rate, for all else.
 
-    All else is the first and last layers, whose rows are pixels and codes, biases, places and queries. Codes
-    are in neither: they are buffers, not parameters.
+    All else is the layers that touch pixels and code vectors, biases, places and queries. The codes are in
+    neither: they are buffers, moved by `update`.
     """
     inside = [p for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()]
     taken = {id(p) for p in inside}
@@ -753,7 +759,7 @@ def psnr(a, b):
 def usage(index, size):
     """Integers below `size` -> share of them that occurs; perplexity, how many are in effective use.
 
-    Perplexity is exp(entropy): of k equally frequent codes it is k, however many rare ones there are beside.
+    Perplexity is exp(entropy): k equally frequent codes have k, and rare ones beside them change it little.
     Over *all* test images: in one batch some codes are always missing, and a healthy codebook looks sick.
     """
     p = torch.bincount(index.flatten(), minlength=size).double() / index.numel()
@@ -1039,7 +1045,8 @@ def main(argv=None):
 
 
 def print_summary(m, size):
-    sick = "" if m.usage > 0.5 else "\n             COLLAPSED: most are never chosen. Lower --lr, or train on"
+    healthy = m.perplexity > size / 5
+    sick = "" if healthy else "\n             COLLAPSED: choose a smaller --codebook, or a lower --lr"
     print(f"""
 size         {m.tokens_per_image} tokens, {m.bits_per_image:.0f} bits an image; pixels: 8,192 bits
 quality      {m.rpsnr:.2f} dB; the mean image alone {m.mean_image_psnr:.2f} dB
