@@ -712,6 +712,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:                      # not part of this loss
+                    continue
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
                 ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: 0.05 g + 0.95 v
@@ -951,7 +953,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "seed": (0, 0, "of the weights, the batches and the samples"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
     "precision": ("fp32", ("auto", "fp32", "bf16"), "of products in training; so narrow, bf16 gains nothing"),
-    "resume": (False, None, "go on from OUT/last.pt exactly where it stopped"),
+    "resume": (False, None, "go on from the last report, kept in OUT/last.pt"),
     "dim": (64, 32, "width of the target, a multiple of 32: a head has 32 numbers"),
     "depth": (16, 1, "blocks of the target"),
     "draft_dim": (128, 32, "width of the draft GPT, which has one block; a multiple of 32"),

@@ -594,6 +594,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
+                if p.grad is None:                      # not part of this loss
+                    continue
                 velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
                 velocity.lerp_(p.grad, 1 - group["momentum"])             # v <- 0.95 v + 0.05 g
                 ahead = p.grad.lerp(velocity, group["momentum"])          # Nesterov: 0.05 g + 0.95 v
@@ -939,7 +941,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "seed": (0, 0, "of the data, the weights and the samples"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
     "precision": ("auto", ("auto", "fp32", "bf16"), "of products in training; auto: bf16 where it is fast"),
-    "resume": (False, None, "go on from OUT/last.pt exactly where it stopped"),
+    "resume": (False, None, "go on from the last report, kept in OUT/last.pt"),
     "codebook": (512, 2, "number of codes, shared by all maps"),
     "code_dim": (8, 1, "numbers in a code"),
     "width": (64, 8, "channels of the tokenizer's convolutions"),
