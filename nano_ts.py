@@ -84,9 +84,11 @@ class LagModel:
     """Next S steps = m + (x[lags] - m) @ weight. AR(p), seasonal AR, ridge, naive rules are all this line.
 
     lags (n,) count backwards from the next step: 1 is the last value. weight (n, S): a column per step ahead.
-    m is the mean of the window, or 0 without `centre`. Why not a constant in place of m? It would pull every
-    forecast to the level of the training years; m lets it stay at the level of the last weeks. The window
-    should hold whole seasons, or m itself swings with the time of day.
+    m is the mean of the window, or 0 without `centre`. (So with `centre` lag k really has the weight w_k + (1
+    - sum w) / L, as m holds all lags; these sum to 1, and a window of equal values goes on so.) Why not a
+    constant in place of m? It would pull every forecast to the level of the training years; m lets it stay at
+    the level of the last weeks. The window should hold whole seasons, or m itself swings with the time of
+    day.
     """
 
     def __init__(self, lags, weight, lookback, centre=True):
@@ -144,12 +146,14 @@ def fit_lags(table, lags, lookback, chunk=1, ridge=1e-6, centre=True):
 
 
 def stabilise(model):
-    """One-step models: weights times rho^lag, so eigenvalues times rho = .9999 / radius.
+    """If a roll-out would explode, shrink the weights of a one-step model until it does not.
 
-    Least squares looks one step ahead and does not mind a radius of 1.01, but 1.01^720 is 1,300. A centred
-    rule keeps one eigenvalue at 1, its level. 1.0005^720 is 1.4 and may stay: a clean daily wave has
-    eigenvalues *on* the circle, estimates lie just beside it, and to shrink them costs more than it saves.
-    Why a loop? Without centre one round is exact; the share of m does not shrink along, so look again.
+    Weights times rho^lag make eigenvalues times rho, here .9999 / radius: they solve z^n = sum_k w_k z^(n-k);
+    put z / rho for z. Least squares looks one step ahead and does not mind a radius of 1.01, but 1.01^720 is
+    1,300. A centred rule keeps one eigenvalue at 1, its level. 1.0005^720 is 1.4 and may stay: a clean daily
+    wave has eigenvalues *on* the circle, estimates lie just beside it, and to shrink them costs more than it
+    saves. Why a loop? Without centre one round is exact; the weights that m adds do not shrink along: look
+    again.
     """
     while model.chunk == 1 and (radius := model.radius()) > 1.0005:
         weight = model.weight * (0.9999 / radius) ** model.lags[:, None]
@@ -160,10 +164,9 @@ def stabilise(model):
 def seasonal_lags(period, seasons, short=2):
     """The last `short` steps and, for each of the last seasons, the same phase and `short` steps before it.
 
-    Box and Jenkins' (1 - phi B)(1 - sum_k Phi_k B^{Pk}), multiplied out, has lags 1, Pk and Pk + 1, the last
-    with weight -phi Phi_k; here all weights are free. With P = 24 and 29 seasons 2 + 29 * 3 = 89 lags reach
-    back a month.
-    Example: period 24, 2 seasons -> 1, 2, 24, 25, 26, 48, 49, 50
+    Box and Jenkins' (1 - phi B)(1 - sum_k Phi_k B^{Pk}), where B is one step back, multiplied out, has lags
+    1, Pk and Pk + 1, the last with weight -phi Phi_k; here all weights are free. With P = 24 and 29 seasons 2
+    + 29 * 3 = 89 lags reach back a month. Example: period 24, 2 seasons -> 1, 2, 24, 25, 26, 48, 49, 50
     """
     lags = {period * k + j for k in range(1, seasons + 1) for j in range(short + 1)}
     return sorted(lags | set(range(1, short + 1)))      # a set: with period 1 or 2 some come twice
@@ -309,7 +312,7 @@ class SegmentDecoder(nn.Module):
         level, spread = normalise(w[..., :self.lookback])
         z = ((w - level) / spread).flatten(0, 1)               # (B, L + S)
         truth = z[:, self.token:].unfold(-1, self.chunk, self.token)  # (B, tokens, S): what follows each
-        error = (self.segments(z[:, :self.lookback]) - truth) * spread  # or calm windows would weigh most
+        error = (self.segments(z[:, :self.lookback]) - truth) * spread  # else calm windows weigh most
         return error.square().mean()
 
 
@@ -328,8 +331,8 @@ def train(model, table, recipe, config, path=None):
     if not model.mixes_columns:
         data = data.flatten(0, 1)[:, None]              # (n C, 1, L + S), a view: a column is one more series
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    shaped_by = ("data", "target", "period", "seed", "width", "layers")
-    made_with = {"recipe": list(recipe), "table": list(table.shape)}        # what has shaped the weights
+    shaped_by = ("data", "target", "period", "seed", "width", "layers")     # what has shaped the weights
+    made_with = {"recipe": list(recipe), "table": [*table.shape, float(table.double().sum())]}
     made_with |= {key: getattr(config, key) for key in shaped_by}
     losses = []
     if config.resume and path and path.exists():
@@ -410,15 +413,16 @@ def score(models, table, observed, first, last, horizons, stride=1):
 def conformal(errors, level):
     """Errors of past forecasts (N, C, H) -> half the width of the interval around the next forecast, (C, H).
 
-    The ceil((N + 1) level)-th smallest |error|. If the next error is exchangeable with the N, all N + 1 ranks
-    are equally likely for it, so it is inside with probability >= level: no Gaussian, any model. Example: of
-    19 errors and level .8 the 16th, and 16 of 20 ranks are inside. If the rank is beyond N (20 errors, level
-    .99), no finite width keeps the promise: infinity. The errors must come from the very model that
-    forecasts, on rows to which it was not fitted. Errors of overlapping windows of a drifting series are
-    exchangeable only roughly, which is why `forecast` prints what was covered.
+    The ceil((N + 1) level)-th smallest |error|. If the next error is exchangeable with the N, that is, if any
+    order of the N + 1 is as likely as any other, all N + 1 ranks are equally likely for it, so it is inside
+    with probability >= level: no Gaussian, any model. Example: of 19 errors and level .8 the 16th, and 16 of
+    20 ranks are inside. If the rank is beyond N (20 errors, level .99), no finite width keeps the promise:
+    infinity. The errors must come from the very model that forecasts, on rows to which it was not fitted.
+    Errors of overlapping windows of a drifting series are exchangeable only roughly, which is why `forecast`
+    prints what was covered.
     """
     known = (~errors.isnan()).sum(0)                           # (C, H): N for each column and step
-    # in 64 bits, less 1e-9: rounding must not lift 25 * .6 = 15.0000004 (in 32 bits) to rank 16
+    # in 64 bits, less 1e-9: in 32 bits N + 1 = 25 times .6 is 15.000001, and rounding up would give rank 16
     rank = ((known + 1).double() * level - 1e-9).ceil().long()
     sizes = errors.abs().nan_to_num(nan=math.inf).sort(0).values
     sizes = torch.cat([sizes, torch.full_like(sizes[:1], math.inf)])   # (N + 1, C, H): rank N + 1 is infinite
@@ -445,7 +449,8 @@ LAW = {1: 0.6, 24: 0.5, 25: -0.3, 168: 0.45, 169: -0.27}
 def generate(rows, seed):
     """x_t = sum_k LAW[k] x_{t-k} + noise of deviation 1, lifted by 20 -> (rows, 4).
 
-    A pattern of the day that changes over weeks. No model can know more about it than LAW, the rung "truth".
+    A pattern of the day that changes over weeks. The rung "truth" knows LAW, and takes for 20 the mean of the
+    rows to fit.
     """
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(rows + 2000, 4, generator=rng, dtype=torch.float64).numpy()
@@ -504,7 +509,7 @@ def load_series(config):
 
 
 def usual_period(dates, step):
-    """The season of a clock: a day of hours or minutes, a week of days, a year of weeks or months; else 1."""
+    """The season of a clock: a day of up to 400 rows, a week of days, a year of weeks or months; else 1."""
     if not isinstance(dates[0], datetime):
         return 1
     # the clock alone decides: a season found in the numbers would have to look at test rows, or at a few rows
@@ -797,15 +802,19 @@ def forecast(ladder, name, out):
     seen = errors(models, ladder.table, ladder.observed, starts, H)            # (N, C, H)
     width = conformal(seen, level)                             # (C, H)
     if width.isinf().any():
-        fail(f"--level {level} needs {math.ceil(level / (1 - level))} past errors of each step, there are "
-             f"{int((~seen.isnan()).sum(0).min())}: lower --level or --horizon, or give more rows")
+        needed, known = math.ceil(level / (1 - level) - 1e-9), int((~seen.isnan()).sum(0).min())
+        fail(f"--level {level} needs {needed} past errors of each step, there are {known}: lower --level or "
+             "--horizon, or give more rows")
     early, late = seen.chunk(2)                         # do bounds made on the first half hold on the second?
     inside = float((late.abs() <= conformal(early, level)).sum() / (~late.isnan()).sum())
+    enough_early = conformal(early, level).isfinite().all()
+    covered = f"cover {inside:.0%} of the second" if enough_early else "are infinite: too few to check"
     print(f"\nforecast by {name}, {level:.0%} bounds from its errors in {len(seen)} test windows; from the "
-          f"first half of them, bounds cover {inside:.0%} of the second")
+          f"first half of them, bounds {covered}")
     ahead = predict(models, ladder.table.T[None], H)[0].cpu()  # (C, H), scaled
     middle, low, high = (ladder.unscale(x) for x in (ahead, ahead - width, ahead + width))
-    dates = [advance(series.dates[-1], series.step, k) for k in range(1, H + 1)]       # after the last row
+    T = len(series.dates)                               # counted from the first: after 30 Jan, 28 Feb 30 Mar
+    dates = [advance(series.dates[0], series.step, T - 1 + k) for k in range(1, H + 1)]
     with open(out / "forecast.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         titles = [[column, column + "_lower", column + "_upper"] for column in series.columns]
@@ -962,7 +971,7 @@ def main(argv=None):
     ladder = Ladder(series, ends, horizons, config, device)
     best = ladder.climb(names)                                 # fits, scores and prints all
     metrics = {"device": str(device), "seed": config.seed, "models": ladder.rows, "chosen": best}
-    if config.data == "known":
+    if config.data == "known" and part != "forecast":
         compare_weights(ladder)
     if part != "forecast":
         draw_ladder(ladder, out / "ladder.png")
