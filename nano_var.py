@@ -30,7 +30,7 @@ The parts of the file:
     training     first the tokenizer, then, on tokens that are made once, the transformer
     the rest     data, judging what was drawn, pictures, settings
 
-The recipe is VAR's (Tian et al. 2024, arXiv:2404.02905), small enough for two CPU cores and four minutes. The
+The recipe is VAR's (Tian et al. 2024, arXiv:2404.02905), small enough for one CPU core and six minutes. The
 authors published no training code for their tokenizer; here it is a page. Where we do otherwise (running
 means as codes, rotary positions, relu^2, Muon, no adversarial and no perceptual loss), the text says so.
 
