@@ -56,6 +56,24 @@ def stopped(argv, capsys):
 
 
 # --- model and sampling ----------------------------------------------------------------------------------
+def test_what_is_drawn_follows_from_the_seed_alone():
+    model, config = tiny_model(), SimpleNamespace(seed=3, guidance=1.5, temperature=1.0, top_p=1.0)
+    drawn = []
+    for other in (1, 2):
+        torch.manual_seed(other)                                 # the global generator must have no say
+        drawn.append(nano_ar.draw(config, model, torch.arange(60) % 2, lambda tokens: tokens))
+    config.seed = 4
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], nano_ar.draw(config, model, torch.arange(60) % 2, torch.clone))
+
+
+def test_the_judge_sees_pixels_from_0_to_1():
+    torch.manual_seed(0)
+    judge, images = nano_ar.make_judge(10).eval(), nano_ar.glyphs(7, 0)[0]
+    with torch.no_grad():
+        truth = judge[:-1](images.float()[:, None] / 255)
+    assert torch.allclose(nano_ar.look(judge, images)[0], truth.double(), atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 5), (8, 8)])
 def test_cached_logits_equal_uncached(shape):
     model, L = tiny_model(*shape, V=7), shape[0] * shape[1]

@@ -411,4 +411,4 @@ plt.show()
 #
 # To try: `Robust` on FSQ, whose neighbours need no table of distances; `nano_ar.train` on `nano_tok.export(model, data)` of the plain and of the
 # robust tokenizer: which one draws better? Read on: SimVQ (arXiv:2411.02038), which moves all codes at once through one matrix, so that none is left
-# behind; lucidrains' vector-quantize-pytorch (issue 205: how many codes die with and without restart).
+# behind; lucidrains' vector-quantize-pytorch (number 205 of its tracker: how many codes die with and without restart).
