@@ -305,15 +305,17 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None, **ext
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
+    network = parallel(model)                           # alone: the model itself
     every, losses, begun = max(1, config.steps // 5), [], time.time() - seconds
-    bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
+    bar = tqdm.trange(first, config.steps, desc="train", disable=RANK > 0 or None, leave=False)
     for step in bar:
         chosen = batch_at(step, len(data.train_tokens), config.batch, config.seed)
         # in a tenth of the images the class is hidden: one network learns p(tokens | class) and p(tokens)
         hidden = torch.rand(len(chosen), generator=rng_at(config.seed, HIDING, step)) < 0.1
         labels = data.train_labels[chosen].masked_fill(hidden, model.null)
+        chosen, labels = my_part(chosen), my_part(labels)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = loss_of(model, data.train_tokens[chosen].to(device), labels.to(device))
+            loss = loss_of(network, data.train_tokens[chosen].to(device), labels.to(device))
         loss.backward()
         for optimizer, lr in zip(optimizers, (config.lr, config.lr / 2)):
             optimizer.param_groups[0]["lr"] = lr * (1 - step / config.steps)  # a straight line to 0
@@ -321,13 +323,13 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None, **ext
             optimizer.zero_grad()
         losses.append(loss.detach())                    # not .item(): every reading would wait for the GPU
         if (step + 1) % every == 0 or step + 1 == config.steps:
-            mean = torch.stack(losses).mean().item() * model.length
+            mean = gather(torch.stack(losses)).mean().item() * model.length
             if not math.isfinite(mean):                 # stop before it is saved: the old state is good
                 fail(f"the loss is {mean} at step {step + 1}: lower --lr, or use --precision fp32")
             test = nats_per_image(model, data.test_tokens, data.test_labels)
             bar.write(f"step {step + 1:5}   train {mean:6.1f}   test {test:6.1f} nats per image")
             history, losses = history + [{"step": step + 1, "train": mean, "test": test}], []
-            if path:
+            if path and RANK == 0:
                 save(path, {"config": vars(config), "step": step + 1, "history": history,
                             "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                             "seconds": time.time() - begun, **extra})
@@ -408,6 +410,43 @@ def batch_at(step, N, batch, seed):
     """
     epoch, i = divmod(step, max(1, N // batch))
     return torch.randperm(N, generator=rng_at(seed, BATCHES, epoch))[i * batch:(i + 1) * batch]
+# --- end shared
+
+
+# --- shared: processes
+# `torchrun --nproc_per_node=4 nano_x.py` runs this program four times, as number 0 to 3. All hold the same
+# weights, and each takes a quarter of every batch. While `backward` runs, gradients are averaged over all of
+# them, and so are what one process would get from the whole batch: the same training, in less time.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet(device):
+    """Connect the processes; each gets a GPU of its own, and only number 0 speaks."""
+    if PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # its number on this machine
+        torch.distributed.init_process_group()          # gloo between CPUs, nccl between CUDA devices
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def parallel(network):
+    """-> what to call in training. `network` still holds the weights, so a checkpoint knows no N."""
+    return nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
+
+
+def my_part(x):
+    """A whole batch (B, ...) -> the (B / N, ...) of this process, where N processes are."""
+    if len(x) % PROCESSES:                              # a mean of means needs equal parts
+        fail(f"{len(x)} images do not divide by {PROCESSES} processes: change --nproc_per_node or --batch")
+    return x.chunk(PROCESSES)[RANK]
+
+
+def gather(x):
+    """The parts (n, ...) of all processes, in order -> (N n, ...), the same in each of them."""
+    parts = [torch.empty_like(x) for _ in range(PROCESSES)] if PROCESSES > 1 else [x]
+    if PROCESSES > 1:
+        torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 # --- end shared
 
 
@@ -837,6 +876,7 @@ def main(argv=None):
     if config.dim % 32 or config.top_p > 1:
         fail(f"--dim {config.dim} must be a multiple of 32 (a head), --top-p {config.top_p} at most 1")
     device, dtype = pick_device(config.device, config.precision)
+    meet(device)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)              # now: a wrong --out must not cost the whole run
     data = load_data(config, state.get("codebook"))
@@ -849,6 +889,8 @@ def main(argv=None):
     metrics = {"device": str(device), "seed": config.seed, "params": params}
     if part in ("all", "train"):
         train(config, model, data, dtype, out / "last.pt", state, codebook=data.codebook)
+        if RANK:
+            return metrics                              # number 0 alone draws and judges
         state = load(out / "last.pt")
         metrics["tokens_per_second"] = config.steps * config.batch * model.length / state["seconds"]
     model.load_state_dict(state["model"])

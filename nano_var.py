@@ -152,7 +152,7 @@ class Pyramid(nn.Module):
         pull = sum(F.mse_loss(s, f.detach()) for s in sums) / len(sums)
         commit = F.mse_loss(f, sums[-1].detach())
         if self.training:
-            self.update(vectors, tokens, rng)
+            self.update(gather(vectors), gather(tokens), rng)   # of the whole batch
         # Straight through: choosing a code has no gradient, so f gets that of the sum, as if it were equal.
         # Unlike VAR, phi gets the decoder's gradient too: sums are not cut off.
         return sums[-1] + (f - f.detach()), pull + 0.25 * commit
@@ -453,14 +453,14 @@ def train_tokenizer(config, tokenizer, data, dtype=torch.float32, path=None, sta
     """
     device, optimizers = tokenizer.pyramid.codes.device, tokenizer_optimizers(tokenizer, config, dtype)
     first, history, seconds = resume(tokenizer, state, "tokenizer", optimizers)
-    variance = (data.train_images / 255).var()
+    variance, network = (data.train_images / 255).var(), parallel(tokenizer)
     every, losses, begun = max(1, config.tok_steps // 4), [], time.time() - seconds
-    bar = tqdm.trange(first, config.tok_steps, desc="tokenizer", disable=None, leave=False)
+    bar = tqdm.trange(first, config.tok_steps, desc="tokenizer", disable=RANK > 0 or None, leave=False)
     for step in bar:
-        chosen = batch_at(step, len(data.train_images), 128, config.seed)
+        chosen = my_part(batch_at(step, len(data.train_images), 128, config.seed))
         images = data.train_images[chosen].to(device) / 255
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            rebuilt, extra = tokenizer.train()(images, rng_at(config.seed, CODEBOOK, step))
+            rebuilt, extra = network.train()(images, rng_at(config.seed, CODEBOOK, step))
         error = F.mse_loss(rebuilt, images) / variance
         descend(error + extra, optimizers, (config.tok_lr, config.tok_lr / 2), 1 - step / config.tok_steps)
         losses.append(error.detach())                   # not .item(): every reading would wait for the GPU
@@ -471,7 +471,7 @@ def train_tokenizer(config, tokenizer, data, dtype=torch.float32, path=None, sta
                      "usage": usage(tokens, config.codebook)[0]}
             bar.write(f"tokenizer {step + 1:5}   error {mean:.4f} of variance   test {entry['psnr']:.1f} dB")
             history, losses = history + [entry], []
-            if path:
+            if path and RANK == 0:
                 save(path, {"config": vars(config), "step": step + 1, "history": history,
                             "tokenizer": tokenizer.state_dict(), "seconds": time.time() - begun,
                             "optimizers": [o.state_dict() for o in optimizers]})
@@ -487,15 +487,17 @@ def train(config, model, pyramid, data, dtype=torch.float32, path=None, state=No
     """
     device, optimizers = model.place.device, make_optimizers(model, config, dtype)
     first, history, seconds = resume(model, state, "model", optimizers)
+    network = parallel(model)                           # alone: the model itself
     every, losses, begun = max(1, config.steps // 5), [], time.time() - seconds
-    bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
+    bar = tqdm.trange(first, config.steps, desc="train", disable=RANK > 0 or None, leave=False)
     for step in bar:
         chosen = batch_at(step, len(data.train_tokens), config.batch, config.seed)
         # in a tenth of the images the class is hidden: one network learns p(tokens | class) and p(tokens)
         hidden = torch.rand(len(chosen), generator=rng_at(config.seed, HIDING, step)) < 0.1
         labels = data.train_labels[chosen].masked_fill(hidden, model.null)
+        chosen, labels = my_part(chosen), my_part(labels)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = nats(model, pyramid, data.train_tokens[chosen].to(device), labels.to(device)).mean()
+            loss = nats(network, pyramid, data.train_tokens[chosen].to(device), labels.to(device)).mean()
         descend(loss, optimizers, (config.lr, config.lr / 4), 1 - step / config.steps)
         losses.append(loss.detach())
         if (step + 1) % every == 0 or step + 1 == config.steps:
@@ -503,7 +505,7 @@ def train(config, model, pyramid, data, dtype=torch.float32, path=None, state=No
             test = sum(nats_per_map(model, pyramid, data.test_tokens, data.test_labels))
             bar.write(f"step {step + 1:5}   train {mean:6.1f}   test {test:6.1f} nats per image")
             history, losses = history + [{"step": step + 1, "train": mean, "test": test}], []
-            if path:
+            if path and RANK == 0:
                 save(path, {"config": vars(config), "step": step + 1, "history": history,
                             "model": model.state_dict(), "seconds": time.time() - begun,
                             "optimizers": [o.state_dict() for o in optimizers], **extra})
@@ -531,7 +533,7 @@ def descend(loss, optimizers, rates, share):
 
 def mean_of(losses, step):
     """Their mean as a number. Not finite: stop before it is saved, so that the old state stays good."""
-    mean = torch.stack(losses).mean().item()
+    mean = gather(torch.stack(losses)).mean().item()
     if not math.isfinite(mean):
         fail(f"the loss is {mean} at step {step + 1}: lower --lr and --tok-lr, or use --precision fp32")
     return mean
@@ -624,6 +626,43 @@ def batch_at(step, N, batch, seed):
     """
     epoch, i = divmod(step, max(1, N // batch))
     return torch.randperm(N, generator=rng_at(seed, BATCHES, epoch))[i * batch:(i + 1) * batch]
+# --- end shared
+
+
+# --- shared: processes
+# `torchrun --nproc_per_node=4 nano_x.py` runs this program four times, as number 0 to 3. All hold the same
+# weights, and each takes a quarter of every batch. While `backward` runs, gradients are averaged over all of
+# them, and so are what one process would get from the whole batch: the same training, in less time.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def meet(device):
+    """Connect the processes; each gets a GPU of its own, and only number 0 speaks."""
+    if PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # its number on this machine
+        torch.distributed.init_process_group()          # gloo between CPUs, nccl between CUDA devices
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+def parallel(network):
+    """-> what to call in training. `network` still holds the weights, so a checkpoint knows no N."""
+    return nn.parallel.DistributedDataParallel(network) if PROCESSES > 1 else network
+
+
+def my_part(x):
+    """A whole batch (B, ...) -> the (B / N, ...) of this process, where N processes are."""
+    if len(x) % PROCESSES:                              # a mean of means needs equal parts
+        fail(f"{len(x)} images do not divide by {PROCESSES} processes: change --nproc_per_node or --batch")
+    return x.chunk(PROCESSES)[RANK]
+
+
+def gather(x):
+    """The parts (n, ...) of all processes, in order -> (N n, ...), the same in each of them."""
+    parts = [torch.empty_like(x) for _ in range(PROCESSES)] if PROCESSES > 1 else [x]
+    if PROCESSES > 1:
+        torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
 # --- end shared
 
 
@@ -1081,7 +1120,7 @@ def train_both(config, tokenizer, model, data, dtype, path, state):
     add_tokens(data, tokenizer.eval().requires_grad_(False))
     extra = {"tokenizer": tokenizer.state_dict(), "tokenizer_history": state["tokenizer_history"]}
     train(config, model, tokenizer.pyramid, data, dtype, path, state if "model" in state else None, **extra)
-    return load(path)
+    return load(path) if RANK == 0 else {}
 
 
 def main(argv=None):
@@ -1092,6 +1131,7 @@ def main(argv=None):
     if part in ("sample", "eval") and "model" not in state:
         fail(f"the run in {config.out} stopped before the transformer began: finish it by train --resume")
     device, dtype = pick_device(config.device, config.precision)
+    meet(device)
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)              # now: a wrong --out must not cost the whole run
     data = load_data(config)
@@ -1103,6 +1143,8 @@ def main(argv=None):
     metrics = {"device": str(device), "seed": config.seed, "params": sum(params)}
     if part in ("all", "train"):
         state = train_both(config, tokenizer, model, data, dtype, out / "last.pt", state)
+        if RANK:
+            return metrics                              # number 0 alone draws and judges
         metrics["tokens_per_second"] = config.steps * config.batch * model.length / state["seconds"]
     else:
         tokenizer.load_state_dict(state["tokenizer"])
