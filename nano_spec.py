@@ -41,8 +41,8 @@ shared` stand word for word in other scripts too: read them once.
     python nano_spec.py bench --temperature 0.7    measure again, from the checkpoint
     python nano_spec.py train --resume        go on after Ctrl-C or a power cut; bit for bit on a CPU
 """
-import argparse, contextlib, copy, inspect, json, math, os
-import pathlib, sys, textwrap, time, timeit
+import argparse, contextlib, copy, inspect, io, json, math, os
+import pathlib, sys, textwrap, time, timeit, zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -982,7 +982,7 @@ LOCAL = {"out", "device", "precision", "resume"}  # of this run alone: never tak
 
 def fail(message):
     """What is wrong, where, and what to do, in one line on stderr; exit code 2."""
-    print(f"{NAME}: {message}", file=sys.stderr)
+    print(f"{NAME}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -1010,8 +1010,8 @@ def read_settings(argv=None):
         allowed, flag = FLAGS[name][1], f"--{name.replace('_', '-')} {value}"
         if isinstance(allowed, tuple) and value not in allowed:
             fail(f"{flag}: choose one of {', '.join(allowed)}")
-        if isinstance(allowed, (int, float)) and not allowed <= value < math.inf:  # so written, nan fails too
-            fail(f"{flag}: must be a number from {allowed} on")
+        if isinstance(allowed, (int, float)) and not allowed <= value < 1e9:  # so written, nan fails, too
+            fail(f"{flag}: must be a number from {allowed} on, below a billion")
         if name not in FREE and saved.get(name, value) != value:
             fail(f"{flag}: the checkpoint has {saved[name]}; drop the flag, or choose another --out")
     preset = PRESETS[{**defaults, **saved, **given}["preset"]]
@@ -1030,18 +1030,36 @@ def pick_device(name, precision):
         fast = kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     bf16 = fast if precision == "auto" else precision == "bf16"
     return torch.device(kind), torch.bfloat16 if bf16 else torch.float32
+# --- end shared
 
 
+# --- shared: checkpoint
 def save(path, state):
     """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save({"script": NAME, **state}, file)
-    os.replace(path.with_suffix(".tmp"), path)                   # atomic
+    content, part = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save({"script": NAME, **state}, content)               # torch would hide that a disk is full
+    try:
+        with open(part, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())                     # on the disk before it has the name: power may fail
+        os.replace(part, path)                                   # atomic
+    finally:
+        part.unlink(missing_ok=True)                             # half a file is of no use
 
 
 def load(path):
-    """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed."""
+    """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed.
+
+    It is a zip archive with a checksum of each part, which torch.load does not compare: of 200 files with one
+    bit turned over it gave 187 back with a wrong weight, and said nothing. A zip may also unpack to far more
+    than its own size; this one is not compressed.
+    """
     try:
+        with zipfile.ZipFile(path) as file:
+            size = sum(part.file_size for part in file.infolist())
+            if size > path.stat().st_size or file.testzip():
+                raise ValueError("a bit has changed, or a zip bomb")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["script"] != NAME:
             raise ValueError("written by another script")
@@ -1053,13 +1071,17 @@ def load(path):
 
 
 def run_as_program(main):
-    """Call main(). Being stopped, or a file that cannot be used, ends in one line."""
+    """Call main(). Being stopped, no memory, or a file that cannot be used, ends in one line."""
     try:
         main()
     except KeyboardInterrupt:
         fail("stopped; the same command with --resume goes on from the last report, if there was one")
     except OSError as error:
         fail(f"cannot use {error.filename or 'a file'} ({error.strerror}): make room, or another --out")
+    except (MemoryError, RuntimeError) as error:                 # torch has no type of its own for it
+        if isinstance(error, RuntimeError) and not any(w in str(error) for w in ("allocate", "overflow")):
+            raise
+        fail("this needs more memory than there is: choose smaller sizes, or a smaller batch")
 # --- end shared
 
 
