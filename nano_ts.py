@@ -498,7 +498,7 @@ def load_series(config):
     try:
         path = fetch("", name, ETT_URL, checksum) if per_day else pathlib.Path(name)
         columns, dates, step, table = read_csv(path, config.target, config.dates)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         where = f"; or put {name} into data/ or the folder that $NANO_DATA names" if per_day else ""
         fail(f"--data {config.data}: {error}{where}")
     # months of 30 days: 8640, 11520, 14400 hours, or 34560, 46080, 57600 quarters; the rest is not scored
@@ -546,25 +546,34 @@ def split(series, horizon):
 
 # ----- any CSV: find the clock, find the numbers, say what was done -----------------------------------------
 def to_date(cell, form):
-    """ISO text (2024-03-31, 2024-03-31 02:00, 2024-03), or text in the format `form` -> datetime, or None."""
+    """ISO text (2024-03-31, 2024-03-31 02:00, 2024-03), or text in the format `form` -> datetime, or None.
+
+    None also from year 9000 on: such dates stand for "never", and what follows 9999 is no date in Python.
+    """
     cell = cell.strip()
     try:
         if form:
             date = datetime.strptime(cell, form)
         else:
             date = datetime.fromisoformat(cell + "-01" if len(cell) == 7 else cell.removesuffix("Z"))
-    except ValueError:
+    except (ValueError, re.error):                             # re: --dates names a part twice, as in %Y %Y
         return None
-    return date.replace(tzinfo=None)
+    return date.replace(tzinfo=None) if date.year < 9000 else None
 
 
 def to_number(cell, comma):
-    """'12.5' -> 12.5; with decimal commas '1.234,5' -> 1234.5; text and empty cells -> nan"""
+    """'12.5' -> 12.5; with decimal commas '1.234,5' -> 1234.5; text, empty cells, inf, 1e200 -> nan"""
+    if comma:
+        grouped = re.fullmatch(COMMA_NUMBER, cell.strip())     # or 12.5 beside 1,5 would be read as 125
+        cell = cell.replace(".", "").replace(",", ".") if grouped else ""
     try:
-        value = float(cell.replace(".", "").replace(",", ".") if comma else cell)
+        value = float(cell) if "_" not in cell else math.nan   # Python's 1_000: in a table it is text
     except ValueError:
         return math.nan
-    return value if math.isfinite(value) else math.nan
+    return value if abs(value) < 1e100 else math.nan           # squares of larger ones leave 64 bits
+
+
+COMMA_NUMBER = r"[+-]?(\d{1,3}(\.\d{3})+|\d*)(,\d*)?([eE][+-]?\d+)?"  # 1.234,5 or 1234,5 or 12
 
 
 def advance(date, step, k):
@@ -625,18 +634,26 @@ def to_grid(dates, table):
 def read_csv(path, target="", form=""):
     """A header and rows -> column names, dates, step, table (T, C) in units. Prints what it did."""
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").splitlines()
+        with open(path, encoding="utf-8-sig", newline="") as file:      # newline: a quoted cell may hold one
+            separator = max(",;\t", key=file.readline().count)          # what the header has most of
+            file.seek(0)
+            lines = list(csv.reader(file, delimiter=separator, strict=True))   # strict: quotes must end
     except UnicodeDecodeError:
         raise ValueError("this is no UTF-8 text; export the table as CSV (UTF-8)") from None
-    separator = max(",;\t", key=lines[0].count) if lines else ","       # what the header has most of
-    rows = [row for row in csv.reader(lines, delimiter=separator) if any(cell.strip() for cell in row)]
+    rows = [row for row in lines if any(cell.strip() for cell in row)]
     if len(rows) < 4:
         raise ValueError(f"{len(rows)} lines with content; a header and at least three rows are needed")
     if len(set(rows[0])) < len(rows[0]):
         raise ValueError("two columns have the same name")
+    wide = [row for row in rows if any(row[len(rows[0]):])]   # more cells than the header: which is which?
+    if wide:
+        start = separator.join(wide[0])[:40]
+        raise ValueError(f"the header has {len(rows[0])} cells, a row {len(wide[0])}: {start}; quote cells "
+                         "that hold a separator, or write decimal points")
     cells = dict(zip(rows[0], itertools.zip_longest(*rows[1:], fillvalue="")))
-    # separated by ; because the comma is taken, for decimals? If no cell has one, points are decimal points
-    comma = separator == ";" and any("," in cell for row in rows[1:] for cell in row)
+    # separated by ; because the comma is taken, for decimals? If no number has one, points are decimal points
+    numbers = (cell for cell in itertools.chain(*rows[1:]) if "," in cell)
+    comma = separator == ";" and any(not math.isnan(to_number(cell, True)) for cell in numbers)
     dates, columns = find_clock(cells, form), {}
     for name in cells:
         numbers = np.array([to_number(cell, comma) for cell in cells[name]])    # (T,)
@@ -857,7 +874,7 @@ def draw_forecast(series, dates, middle, low, high, title, path):
         axis.plot(series.dates[-back:], series.table[-back:, c], color="0.4", label="measured")
         axis.plot(dates, middle[c], color="tab:red", label=title)
         axis.fill_between(dates, low[c], high[c], color="tab:red", alpha=0.2, lw=0)
-        axis.set_title(series.columns[c])
+        axis.set_title(series.columns[c], parse_math=False)    # a name may hold $
         axis.tick_params(axis="x", labelrotation=20, labelsize=8)
     axes.flat[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -976,7 +993,7 @@ def read_lists(config, part, series):
     """--horizon and --model -> steps ahead, names of models, with defaults that suit the series."""
     P, published = series.period, series.ends and part != "forecast"
     text = config.horizon or ("96,192,336,720" if published else str(2 * P if P > 1 else 10))
-    horizons = sorted({int(word) if word.isdigit() else 0 for word in text.split(",")})
+    horizons = sorted({int(word) if word.isdecimal() else 0 for word in text.split(",")})
     if horizons[0] < 1:
         fail(f"--horizon {text}: must be a number of steps, or a list as in 96,192")
     names = config.model.split(",") if config.model else [*MODELS, "sar+decoder"]

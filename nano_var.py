@@ -741,18 +741,34 @@ IMAGE_SETS = {  # name: folder, address, MD5 sums of the four files as their pub
 }
 
 
+def check_size(size, path):
+    """Refuse what would unpack to more than 128 MB and than the file itself, before it fills the memory.
+
+    A gzip or a zip of a megabyte can hold a thousand; MNIST unpacks to 47.
+    """
+    if size > max(2**27, path.stat().st_size):
+        raise ValueError(f"{path.name} holds {size:,} bytes, too many to unpack: store it uncompressed")
+
+
 def read_idx(path):
-    """MNIST's format: 0, 0, 8 for bytes, rank r, r sizes as big-endian int32, the bytes -> uint8 array."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path.name} is no IDX file of bytes")
-    shape = np.frombuffer(raw, ">i4", raw[3], offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+    """MNIST's format: 0, 0, 8 for bytes, rank r, r sizes as big-endian uint32, the bytes -> uint8 array."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        start = file.read(4)
+        if start[:3] != b"\0\0\x08" or len(start) < 4:
+            raise ValueError(f"{path.name} is no IDX file of bytes")
+        shape = np.frombuffer(file.read(4 * start[3]), ">u4").tolist()
+        check_size(math.prod(shape), path)
+        raw = file.read(math.prod(shape) + 1)           # one more: at the end gzip compares its checksum
+    if len(shape) != start[3] or len(raw) != math.prod(shape):
+        raise ValueError(f"{path.name} is cut, or longer than its header says: {shape}")
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def read_pair(path):
     """An .npz with `images` and `labels`, or an IDX file with its labels beside it -> both arrays."""
     if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as archive:
+            check_size(sum(part.file_size for part in archive.infolist()), path)
         with np.load(path, allow_pickle=False) as file:
             return file["images"], file["labels"]
     if "images-idx3" not in path.name:
@@ -768,8 +784,8 @@ def as_tensors(images, labels):
     if not whole or labels.min() < 0 or labels.max() > 999:
         raise ValueError(f"needs {len(images)} labels, one an image, 0..999: {labels.dtype} {labels.shape}")
     pad = (32 - images.shape[1]) // 2
-    padded = F.pad(torch.from_numpy(images.copy()), (pad, pad, pad, pad))
-    return padded, torch.from_numpy(labels.astype(np.int64))
+    padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad)))
+    return torch.from_numpy(padded), torch.from_numpy(labels.astype(np.int64))
 
 
 def load_images(data, seed):
