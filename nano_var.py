@@ -1102,7 +1102,7 @@ def load(path):
             if size > path.stat().st_size or file.testzip():
                 raise ValueError("a bit has changed, or a zip bomb")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != NAME:
+        if state.get("script") != NAME:
             raise ValueError("written by another script")
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")

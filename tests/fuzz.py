@@ -501,14 +501,15 @@ def judge(script, call, check, given, must_be_read):
     out, err, began = io.StringIO(), io.StringIO(), time.perf_counter()
     verdict = "read"
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             value = call()
     except SystemExit as stop:
         verdict = "refused" if stop.code == 2 else "help"
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         raise AssertionError(f"{type(error).__name__}: {error} ({pathlib.Path(where.filename).name}:{where.lineno})") from error
-    said, seconds = err.getvalue(), time.perf_counter() - began
+    said, seconds = err.getvalue() + "".join(f"{warning.message}\n" for warning in warned), time.perf_counter() - began
     assert seconds < 20, f"took {seconds:.0f} s"
     if verdict == "refused":
         assert said.startswith(script.NAME + ": ") and said.count("\n") == 1 == len(said.splitlines()), f"said {said!r}"

@@ -5,9 +5,7 @@ What nano_var shares word for word with nano_ar (data, judge, Muon, chance) is t
 import itertools
 import json
 import math
-import os
 import pathlib
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -398,60 +396,6 @@ def test_nats_per_map_unigram_and_usage():
 
 
 # --- runs --------------------------------------------------------------------------------------------------
-KILLER = """
-import os, signal, torch, nano_var
-saves, true_save = [], torch.save
-def save(state, file):
-    true_save(state, file)
-    saves.append(file)
-    if len(saves) == {at}:  # a part of the file, and the process is gone
-        file.truncate(1000)
-        os.kill(os.getpid(), signal.SIGKILL)
-torch.save = save
-nano_var.main()
-"""
-
-
-def exact(state):
-    """Nested dicts and lists with every tensor as a list, so that == means bit for bit."""
-    if isinstance(state, dict):
-        return {name: exact(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [exact(value) for value in state]
-    return state.tolist() if isinstance(state, torch.Tensor) else state
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight")
-    nano_var.main(["train", "--tok-steps", "4", "--steps", "5", "--out", str(out), *TINY])
-    return exact(torch.load(out / "last.pt"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-@pytest.mark.parametrize("at, step, part", [(3, 2, "tokenizer"), (8, 3, "model")])  # the 3rd and the 8th save
-def test_resume_is_bit_identical_even_after_a_kill_in_the_middle_of_a_write(straight, tmp_path, at, step, part):
-    command = [sys.executable, "-c", KILLER.format(at=at), "train", "--tok-steps", "4", "--steps", "5"]
-    ended = subprocess.run([*command, *TINY, "--out", str(tmp_path)], cwd=FOLDER, capture_output=True, text=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
-    old = torch.load(tmp_path / "last.pt")                       # the old file, whole
-    assert old["step"] == step and ("model" in old) == (part == "model")
-    nano_var.main(["train", "--resume", "--device", "cpu", "--out", str(tmp_path)])  # flags: from the checkpoint
-    resumed = exact(torch.load(tmp_path / "last.pt"))
-    for key in ("model", "tokenizer", "optimizers", "step", "history", "tokenizer_history"):
-        assert straight[key] == resumed[key], key
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
-    out = ["--out", str(tmp_path), "--tok-steps", "2", "--steps", "2", *TINY]
-    nano_var.main(["train", *out])
-    true_nats = nano_var.nats
-    monkeypatch.setattr(nano_var, "nats", lambda *inputs: true_nats(*inputs) * math.nan)
-    assert "the loss is nan at step 1" in stopped(["train", *out], capsys)
-    assert "model" not in torch.load(tmp_path / "last.pt")       # of the tokenizer, before the loss was nan
-    assert "finish it by train --resume" in stopped(["sample", "--out", str(tmp_path)], capsys)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")

@@ -1,0 +1,317 @@
+"""What a long run meets: kills, broken, foreign and hostile checkpoints, a full disk, a loss that is not a number.
+
+One set of tests for all scripts that train. A killed run is a forked copy of this process: it dies of a real SIGKILL at a moment
+that a seed has chosen, and costs no second start of torch. More of them: NANO_KILLS=50 pytest tests/test_faults.py -k kill
+"""
+import contextlib
+import io
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import nano_ar
+import nano_spec
+import nano_tok
+import nano_ts
+import nano_var
+from fuzz import plain
+
+DATA = pathlib.Path(tempfile.gettempdir(), f"nano-faults-{os.getpid()}")
+FLAGS = {  # so small that a run takes about half a second
+    nano_ar: "--data toy.npz --steps 10 --dim 32 --depth 1 --codebook 16 --batch 8",
+    nano_tok: "--data toy.npz --steps 10 --width 16 --codebook 16 --batch 8 --queries 4",
+    nano_var: "--data toy.npz --tok-steps 4 --steps 5 --width 8 --codebook 16 --code-dim 4 --dim 32 --depth 1 --batch 8",
+    nano_spec: "--data book.txt --steps 6 --dim 32 --depth 1 --draft-dim 32 --context 64 --batch 4",
+    nano_ts: "",
+}
+scripts = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
+forks = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks a process that has loaded torch")
+KILLS = int(os.environ.get("NANO_KILLS", 0)) // len(FLAGS) or 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data():
+    DATA.mkdir(exist_ok=True)
+    images, labels = nano_ar.glyphs(100, 0)
+    np.savez(DATA / "toy.npz", images=images, labels=labels)
+    (DATA / "book.txt").write_text("".join(f"line {i} of a book that counts its lines.\n" for i in range(100)))
+    yield
+    shutil.rmtree(DATA)
+
+
+def go(script, out, resume=False):
+    """Train, or go on, with the state in out/last.pt."""
+    if script is nano_ts:                                        # its nets are trained one by one; here one is enough
+        defaults = {name: default for name, (default, _, _) in nano_ts.FLAGS.items()}
+        config = SimpleNamespace(**defaults | {"width": 8, "resume": resume})
+        torch.manual_seed(0)
+        wave = torch.sin(torch.arange(300)[:, None] / 4 + torch.arange(2))
+        nano_ts.train(nano_ts.SegmentDecoder(24, 3, 24, 8, 1), wave, (105, 4, 1e-3), config, out / "last.pt")
+    else:
+        flags = ["--resume"] if resume else FLAGS[script].replace("--data ", f"--data {DATA}/").split()
+        script.main(["train", *flags, "--device", "cpu", "--out", str(out)])
+
+
+def stopped(script, function, *arguments):
+    """Call what must end as a user's mistake, or as the machine's -> the one line that it says."""
+    with contextlib.redirect_stderr(io.StringIO()) as err, pytest.raises(SystemExit) as stop, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        script.run_as_program(lambda: function(*arguments))
+    said = err.getvalue()
+    assert stop.value.code == 2 and said.startswith(f"{script.NAME}: ") and said.count("\n") == 1, said
+    assert not warned, warned[0]                                 # as a program it would be a second line
+    return said
+
+
+def result(path):
+    """All that a run has kept, bit for bit, but the time it took and where it lay."""
+    state = plain(torch.load(path, weights_only=True))
+    state.pop("seconds", None)
+    if "config" in state:
+        state["config"] = {name: value for name, value in state["config"].items() if name not in ("out", "resume")}
+    return state
+
+
+class Watch:
+    """Counts the moments of a run: a function of the script begins, ends, or calls one in C. Kills the process at one of them."""
+
+    def __init__(self, script, at=0):
+        self.file, self.at, self.moment, self.saving = script.__file__, at, 0, []
+
+    def __call__(self, frame, event, argument):
+        if frame.f_code.co_filename != self.file:                # torch does more in a first run than in the next
+            return
+        self.moment += 1
+        if self.moment == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if frame.f_code.co_name == "save":
+            self.saving.append(self.moment)
+
+    @contextlib.contextmanager
+    def on(self):
+        sys.setprofile(self)
+        try:
+            yield self
+        finally:
+            sys.setprofile(None)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """script -> folder of a run that nothing has happened to, its result, its moments. Made when asked for."""
+    made = {}
+
+    def make(script):
+        if script not in made:
+            out = tmp_path_factory.mktemp(script.__name__)
+            with contextlib.redirect_stdout(io.StringIO()), Watch(script).on() as watch:
+                go(script, out)
+            made[script] = out, result(out / "last.pt"), watch
+        return made[script]
+    return make
+
+
+def in_a_fork(function):
+    """Call it in a copy of this process -> its exit status (negative: the signal that killed it) and its stderr."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(writing, 2)
+            sys.stdout, sys.stderr, status = io.StringIO(), open(2, "w", closefd=False), 1
+            function()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(writing)
+    with open(reading) as said:
+        text = said.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
+
+
+def torn(count, share):
+    """An os.fsync that at its call number `count` leaves only a share of the file on the disk: then the power is gone."""
+    calls = []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == count:
+            os.ftruncate(file, int(share * os.fstat(file).st_size))
+            os.kill(os.getpid(), signal.SIGKILL)
+    return fsync
+
+
+def killed(script, out, rng, moments, how):
+    """Start or go on, and die: anywhere, inside `save`, or in the middle of its write."""
+    def run():
+        if how == "torn":
+            os.fsync = torn(rng.integers(1, 3), rng.random())
+        with Watch(script, at).on():
+            go(script, out, (out / "last.pt").exists())
+    at = {"torn": 0, "save": rng.choice(moments.saving), "anywhere": rng.integers(1, moments.moment)}[how]
+    return in_a_fork(run)
+
+
+@forks
+@scripts
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_run_that_is_killed_and_resumed_ends_as_the_run_that_was_not(script, number, whole, tmp_path):
+    """Bit for bit: weights, optimizers, history. Every third run is killed twice."""
+    _, wanted, moments = whole(script)
+    rng, died = np.random.default_rng([number, len(script.__name__)]), 0
+    for kill in range(2 if number % 3 == 2 else 1):
+        how = ("torn", "save", "anywhere")[(number + kill) % 3]
+        status, said = killed(script, tmp_path, rng, moments, how)
+        died += status == -signal.SIGKILL
+        assert status == -signal.SIGKILL or kill and status == 0, said  # what is left may end before its moment comes
+        if (tmp_path / "last.pt").exists():
+            script.load(tmp_path / "last.pt")                    # whole, whenever it was
+    assert died
+    with contextlib.redirect_stdout(io.StringIO()):
+        if script is not nano_ts and not (tmp_path / "last.pt").exists():
+            assert "train first" in stopped(script, go, script, tmp_path, True)
+            go(script, tmp_path)
+        else:
+            go(script, tmp_path, resume=True)
+    assert result(tmp_path / "last.pt") == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@scripts
+def test_a_cut_or_turned_checkpoint_is_refused_and_left_alone(script, whole, tmp_path):
+    """Cut at 12 lengths. One bit turned at 60 places: refused, or, between the parts of the archive, of no effect."""
+    good, path, refused = (whole(script)[0] / "last.pt").read_bytes(), tmp_path / "last.pt", 0
+    rng = np.random.default_rng(0)
+    for length in [0, 1, 4, 30, 1000, len(good) - 1, len(good) - 22, *rng.integers(len(good), size=5)]:
+        path.write_bytes(good[:length])
+        assert "is broken" in stopped(script, script.load, path)
+    for place in rng.integers(len(good), size=60):
+        turned = bytearray(good)
+        turned[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(turned)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                script.load(path)
+            assert result(path) == whole(script)[1], f"a bit of byte {place} has changed, and the reading with it"
+        except SystemExit:
+            refused += 1
+    assert refused > 30                                          # the parts are most of it
+    path.write_bytes(turned)
+    assert "is broken" in stopped(script, go, script, tmp_path, True) and path.read_bytes() == turned
+
+
+def foreign(folder):
+    """Files that are no checkpoints of ours -> {what: path}."""
+    paths = {what: folder / f"{what}.pt" for what in ("text", "empty", "zip", "tensor", "net", "old", "lone", "npz")}
+    paths["text"].write_text("epoch,loss\n1,0.5\n")
+    paths["empty"].write_bytes(b"")
+    with zipfile.ZipFile(paths["zip"], "w") as file:
+        file.writestr("readme.txt", "hello")
+    torch.save(torch.zeros(3), paths["tensor"])
+    torch.save({"epoch": 3, "state_dict": torch.nn.Linear(2, 2).state_dict()}, paths["net"])
+    torch.save({"script": "nano_ar"}, paths["old"], _use_new_zipfile_serialization=False)
+    torch.save({"script": None}, paths["lone"])
+    with open(paths["npz"], "wb") as file:
+        np.savez(file, images=np.zeros((20, 28, 28), np.uint8))
+    (folder / "folder.pt").mkdir()
+    return {**paths, "folder": folder / "folder.pt"}
+
+
+@scripts
+def test_foreign_files_are_refused(script, whole, tmp_path):
+    for path in foreign(tmp_path).values():
+        assert "not a checkpoint of" in stopped(script, script.load, path), path.name
+    for other in FLAGS:
+        if other is not script:                                  # a real one, of another script
+            assert "not a checkpoint of" in stopped(script, script.load, whole(other)[0] / "last.pt")
+
+
+class Call:
+    """Pickled, it is the order to call a function when it is read back."""
+
+    def __init__(self, function, *arguments):
+        self.__reduce__ = None
+        self.order = function, arguments
+
+    def __reduce_ex__(self, protocol):
+        return self.order
+
+
+@scripts
+def test_hostile_pickles_do_nothing(script, tmp_path):
+    """Orders to make a file, as a raw pickle, in torch's old format and inside a whole archive, beside good settings."""
+    orders, marker, path = [], tmp_path / "marker", tmp_path / "hostile.pt"
+    for order in (Call(os.system, f"touch {marker}"), Call(exec, f"open({str(marker)!r}, 'w')"), Call(open, str(marker), "w")):
+        orders += [{"script": script.NAME, "config": {}, "step": 1, "model": order}, order]
+    for number, state in enumerate(orders):
+        for write in (lambda: path.write_bytes(pickle.dumps(state)), lambda: torch.save(state, path),
+                      lambda: torch.save(state, path, _use_new_zipfile_serialization=False)):
+            write()
+            assert "is broken" in stopped(script, script.load, path) and not marker.exists()
+        torch.save(state, path)                                  # the orders are real: without weights_only they are obeyed
+        torch.load(path, weights_only=False)
+        assert marker.exists(), number
+        marker.unlink()
+
+
+@forks
+@scripts
+def test_a_full_disk_costs_one_line_and_leaves_the_old_checkpoint_whole(script, whole, tmp_path):
+    """A limit on the size of files stands for the disk: nothing, or a part of the new file, can be written."""
+    import resource
+    path = tmp_path / "last.pt"
+    shutil.copy(whole(script)[0] / "last.pt", path)
+    before = path.read_bytes()
+    for room in (0, 1000, 9000):                                # of some 100,000 bytes
+        def run():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+            script.run_as_program(lambda: go(script, tmp_path))
+        status, said = in_a_fork(run)
+        assert status == 2 and said.startswith(f"{script.NAME}: cannot use") and said.count("\n") == 1, said
+        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+LOSSES = {nano_ar: "loss_of", nano_var: "nats", nano_spec: "loss_of"}
+
+
+@scripts
+def test_a_loss_that_is_not_a_number_stops_before_it_is_saved(script, whole, tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    shutil.copy(whole(script)[0] / "last.pt", path)
+    before, place, name = path.read_bytes(), script, LOSSES.get(script, "mse_loss")
+    if script is nano_tok:
+        place = script.F
+    if script is nano_ts:
+        place, name = nano_ts.SegmentDecoder, "loss"
+    true = getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *inputs: true(*inputs) * float("nan"))
+    assert "nan" in stopped(script, go, script, tmp_path)
+    if script is not nano_var:                                   # there the tokenizer was saved, before the loss was nan
+        assert path.read_bytes() == before
+    else:
+        assert "model" not in torch.load(path)
+        assert "finish it by train --resume" in stopped(script, script.main, ["sample", "--out", str(tmp_path)])
+        monkeypatch.setattr(script.F, "mse_loss", lambda *inputs: inputs[0].sum() * float("nan"))
+        before = path.read_bytes()
+        assert "nan at step 1" in stopped(script, go, script, tmp_path) and path.read_bytes() == before
+
+
+def test_codes_that_die_of_nan_end_in_the_same_line(tmp_path):
+    """nano_tok: nan in weights and codes, long enough that codes are declared dead; the report comes after 80 steps."""
+    flags = FLAGS[nano_tok].replace("toy.npz", f"{DATA}/toy.npz").replace("--steps 10", "--steps 400 --lr 1e8").split()
+    argv = ["train", *flags, "--device", "cpu", "--out", str(tmp_path)]
+    assert "lower --lr" in stopped(nano_tok, nano_tok.main, argv) and not list(tmp_path.iterdir())
