@@ -366,8 +366,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
 
     Few directions dominate the gradient of a matrix; this moves all of them at one speed, the rare ones too.
-    Only for matrices inside the blocks. A row of an embedding or of the head belongs to one token, and most
-    rows have no gradient in a step: to equalise directions across them would move rows that saw nothing.
+    Only for matrices inside the blocks. A row of a token embedding, or of the layer that gives the logits,
+    belongs to one token, and most have no gradient in a step: to equalise directions would move them, too.
     dtype is that of the products (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times
     slower).
     """
@@ -397,7 +397,7 @@ BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: e
 
 
 def rng_at(*numbers, device="cpu"):
-    """Random numbers that follow from (seed, use, step) alone: to resume, no random state must be saved."""
+    """Random numbers that follow from (seed, use, step) alone, so no random state need be saved to resume."""
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # a sum would mix up 1, 2 and 2, 1
     return torch.Generator(device).manual_seed(int(mixed[0] >> 1))  # 63 bits: positive
 
@@ -800,7 +800,7 @@ def read_settings(argv=None):
 
     Each setting comes from the first that has it: the flags given now, the checkpoint, the preset, the
     defaults. Only those in FREE and LOCAL may be given otherwise than the checkpoint has them: the others
-    have shaped its weights, and to ignore a flag silently would be to lie.
+    have shaped its weights.
     """
     parser = argparse.ArgumentParser(prog=NAME, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,7 +11,7 @@ trained to give it back through a bottleneck of integers:
                               ^              (stored, modelled)     |
                               +----- gradient, "straight through" --+
 
-    loss = |image - rebuilt|^2 / variance of the pixels  +  |z - stop_gradient(q)|^2
+    loss = mean (image - rebuilt)^2 / variance of the pixels  +  mean (z - constant q)^2, not for fsq
 
 The step from z to an integer has no gradient. So z is handed the gradient of q, as if q were z; the second
 term keeps this small lie true, by pulling z to its q. The parts of the file:
@@ -21,8 +21,8 @@ term keeps this small lie true, by pulling z to its q. The parts of the file:
                  vq    one codebook, each code the mean of the vectors that choose it (VQ-VAE)
                  rvq   several codebooks, each codes what those before left over (SoundStream)
                  fsq   no codebook: each number rounded to a few levels (Mentzer et al.)
-    model        the two networks. --queries K: in place of one token a cell, K tokens for the whole picture,
-                 the first ones the most important, so that every prefix decodes (TiTok, One-D-Piece)
+    model        the two networks. With --queries K they meet in K tokens for the whole picture, not in one
+                 token a cell; the first are the most important: every prefix decodes (TiTok, One-D-Piece)
     training     one loop; Muon and AdamW
     the rest     data, the health report, export to nano_ar, pictures, settings
 
@@ -32,8 +32,9 @@ SoundStream (Zeghidour et al. 2021, arXiv:2107.03312). FSQ (Mentzer et al. 2023,
 and perceptual losses. They need a second, trained network, and the texture that they invent would hide what
 the quantizer itself loses.
 
-Letters in comments: B images in a batch; T tokens of one, 64 cells or K; C numbers in a vector (`code_dim`);
-V codes in a codebook; D codebooks (`depth`; 1 but for rvq); W channels (`width`); N any number. Blocks from
+Letters in comments: B images in a batch; T places in one, 64 cells or K, of D tokens each; C numbers in a
+vector (`code_dim`); V codes in a codebook; D codebooks (rvq: `depth`; else 1); W channels (`width`); H heads;
+L levels of a number in fsq; N, M any numbers. Blocks from
 `# --- shared: NAME` to `# --- end shared` stand word for word in other scripts too: read them once.
 
     python nano_tok.py                      text, then images: all goes to out/tok
@@ -41,7 +42,7 @@ V codes in a codebook; D codebooks (`depth`; 1 but for rvq); W channels (`width`
     python nano_tok.py --queries 16 --code-dim 4 --out out/1d    16 ordered tokens for the whole picture
     python nano_tok.py --data mnist --out out/mnist              handwritten digits (downloads 11 MB once)
     python nano_tok.py bpe --text book.txt --vocab 4096          byte pairs of your own file
-    python nano_tok.py train --resume       go on after Ctrl-C or a power cut; bit for bit on a CPU
+    python nano_tok.py train --resume       go on from the last report (there are five); bit for bit on a CPU
     python nano_tok.py --preset gpu         a wider, deeper model, for one small GPU
 """
 import argparse, functools, gzip, hashlib, io, itertools, json, math
@@ -157,16 +158,17 @@ def straight_through(z, q):
     return z + (q - z).detach()
 
 
-def spread(distance, n, rng):
-    """Draw n of N points, in proportion to a squared distance of each (N,) -> indices (n,).
+def draw_badly_coded(error, n, rng):
+    """Draw n of N points, in proportion to the squared error of each (N,) -> indices (n,).
 
-    The distance is how badly a point is coded; there a new code helps most. At random it would fall where
-    most points are, and on MNIST most cells are black: fifty codes for nothing. (k-means++ starts like this,
-    but draws one by one, and looks again after each: Arthur & Vassilvitskii 2007.)
+    Where the error is largest, a new code helps most. If all points were equally likely, most new codes would
+    fall where most points are, and on MNIST most cells are black: many codes for one shade. (k-means++ starts
+    like this, but draws one by one, and looks again after each: Arthur & Vassilvitskii 2007.)
     """
-    # all 0 when each point has a code of its own; nan in a run that diverges, which its report will tell
-    weights = distance.float().cpu().nan_to_num(0, 0) + 1e-12
-    return torch.multinomial(weights, n, replacement=n > len(weights), generator=rng).to(distance.device)
+    # all 0 when each point has a code of its own; nan in a run that diverges, which its report will tell.
+    # On the CPU, where rng lives
+    weights = error.float().cpu().nan_to_num(nan=0, posinf=0) + 1e-12
+    return torch.multinomial(weights, n, replacement=n > len(weights), generator=rng).to(error.device)
 
 
 def residual_quantize(z, codes):
@@ -186,7 +188,7 @@ def residual_quantize(z, codes):
 class VectorQuantizer(nn.Module):
     """vq and rvq: codes that are running means. The interface of all quantizers stands at QUANTIZERS.
 
-    Why not train codes by gradient? A code that is nobody's nearest has none, so it never moves: most of the
+    Why not train codes by gradient? A code that is nobody's nearest gets none, so it never moves: most of the
     codebook dies in the first steps (lesson 11). Means need no learning rate, and the dead are born again.
     """
 
@@ -201,13 +203,13 @@ class VectorQuantizer(nn.Module):
     def forward(self, z, rng=None):
         """z (B, T, C) -> q (B, T, C), index (B, T, D), loss. In training the codes move, too."""
         points = z.detach().flatten(0, 1)                        # (N, C), N = B T
-        if self.training and not self.count.any():
+        if self.training and not self.count.any():               # the very first batch: no codes yet
             self.start(points, rng)
         index, sums = residual_quantize(points, self.codes)
         if self.training:
             self.update(points, index, sums, rng)
-        # every partial sum (D, B, T, C) is to be near z, so that each codebook does all that it can (Lee et
-        # al. 2022, arXiv:2203.01941); this moves z alone, as codes have no gradient
+        # z is pulled to every partial sum (D, B, T, C), so that few codebooks already say most of it (Lee et
+        # al. 2022, arXiv:2203.01941). Only z moves: codes have no gradient
         loss = self.commitment * (z - sums.view(-1, *z.shape)).square().mean()
         return straight_through(z, sums[-1].view_as(z)), index.view(*z.shape[:2], -1), loss
 
@@ -217,13 +219,13 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def start(self, points, rng):
-        """The first codes are vectors of the first batch, the unusual ones preferred; `update` does the rest.
+        """The first codes are vectors of the first batch, the unusual ones preferred; `update` moves them on.
 
         (k-means on that batch would give a better codebook, but for a network that has learned nothing yet.)
         """
         for d, codebook in enumerate(self.codes):
             unusual = (points - points.mean(0)).square().sum(-1)          # (N,), from the mean: no codes yet
-            codebook.copy_(points[spread(unusual, self.size, rng)])
+            codebook.copy_(points[draw_badly_coded(unusual, self.size, rng)])
             # as if each had had its fair share of vectors so far: with count 1 it would pass for dead at once
             self.count[d] = len(points) / self.size
             self.total[d] = codebook * self.count[d, :, None]
@@ -243,8 +245,9 @@ class VectorQuantizer(nn.Module):
             self.count[d].lerp_(number, 1 - self.decay)
             self.total[d].lerp_(torch.zeros_like(codebook).index_add_(0, index[:, d], rest), 1 - self.decay)
             dead = (self.count[d] < self.restart * fair).nonzero()[:, 0]
-            if len(dead):                                        # to where it leaves the largest error
-                fresh = rest[spread((points - sums[d]).square().sum(-1), len(dead), rng)]
+            if len(dead):                                        # they start anew as vectors coded badly
+                error = (points - sums[d]).square().sum(-1)      # (N,) after this codebook
+                fresh = rest[draw_badly_coded(error, len(dead), rng)]
                 self.count[d, dead], self.total[d, dead] = fair, fresh * fair
             codebook.copy_(self.total[d] / self.count[d, :, None])
 
@@ -268,8 +271,7 @@ class FSQ(nn.Module):
         Odd L: -(L - 1) / 2 .. (L - 1) / 2, by (L - 1) / 2 tanh z. Even L: -L / 2 .. L / 2 - 1, by moving the
         curve half a step down, and z by as much as keeps 0 at 0: atanh, the inverse of tanh, says how much.
         L = 6: 2.5 tanh - .5 runs from -3 to 2, six integers; 0 is met at tanh = .2, so z moves by atanh .2.
-        (Their code has tan there, and narrows the curve by a thousandth; ours widens it by as much, so that
-        the outermost level can be met and not only be rounded to.)
+        (Their code has tan where the inverse is atanh. The factor 1.001 lets z reach the outermost level.)
         """
         half = (self.levels - 1) * 1.001 / 2
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
@@ -291,12 +293,13 @@ class FSQ(nn.Module):
 
 
 # A quantizer is a module with `size` V, `dim` C, `depth` D and two functions:
-#   quantizer(z, rng) -> q, index, loss    z (B, T, C); q (B, T, C) with the gradient of z; index (B, T, D)
-#   quantizer.lookup(index) -> q           integers below V; what the decoder is given
+#   quantizer(z, rng=None) -> q, index, loss    z (B, T, C); q the same shape, for the decoder, with the
+#                                               gradient of z; index (B, T, D), integers 0 .. V - 1; a scalar
+#   quantizer.lookup(index) -> q                the same q, from the integers alone
 # Add one of your own: QUANTIZERS["mine"] = a function of the settings; then --quantizer mine.
 QUANTIZERS = {
-    # a weaker pull for K tokens: the same PSNR with fewer codes in effective use, easier for nano_ar to
-    # foresee
+    # with K tokens a weaker pull of z to its code: the same PSNR, and tokens that nano_ar foresees better
+    # (60 nats an image, not 70, on MNIST)
     "vq": lambda config: VectorQuantizer(config.codebook, config.code_dim,
                                          commitment=0.25 if config.queries else 1.0),
     "rvq": lambda config: VectorQuantizer(config.codebook, config.code_dim, config.depth),
@@ -306,7 +309,7 @@ QUANTIZERS = {
 
 # ----- model: an encoder, a bottleneck, a decoder -----------------------------------------------------------
 def norm(x):
-    """Mean 0, variance 1 over the last axis; the next matrix can do what a learned gain would."""
+    """Mean 0, variance 1 over the last axis, without a learned gain."""
     return F.layer_norm(x, x.shape[-1:])
 
 
@@ -339,21 +342,21 @@ class Reader(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
-        nn.init.zeros_(self.down.weight)                # proj not: queries must read something at once
+        nn.init.zeros_(self.down.weight)                # but not proj: queries must read something at once
 
     def forward(self, x, memory):
         q = self.q(norm(x)).unflatten(2, (-1, 16)).transpose(1, 2)        # heads of 16: (B, H, N, 16)
         kv = self.kv(norm(memory)).unflatten(2, (2, -1, 16))             # (B, M, 2, H, 16)
         k, v = kv.permute(2, 0, 3, 1, 4)                                  # (B, H, M, 16) each
-        # norm makes |q| = |k| = 4, so scores reach 16 * 0.5 = 8, twice the usual 16 * 16^-0.5 = 4: queries
-        # can single a cell out sooner. (.to: norm gives 32 bits also under autocast, and v has 16.)
+        # norm over the 16 numbers of a head: |q| = |k| = 4, so a score q k / 2 reaches 8, twice the usual
+        # 16 / sqrt 16 = 4: queries can single a cell out sooner. (.to: norm gives 32 bits, v may have 16.)
         y = kernels.attention(norm(q).to(v.dtype), norm(k).to(v.dtype), v, scale=0.5)
         x = x + self.proj(y.transpose(1, 2).flatten(2))
         return x + self.down(F.relu(self.up(norm(x))).square())
 
 
 class Queries(nn.Module):
-    """x (B, inputs, W) -> (B, outputs, W): learned queries read the inputs; what they hold then is kept.
+    """x (B, inputs, W) -> (B, outputs, W): learned queries read the inputs, and what they have read goes on.
 
     As in TiTok. In the encoder K queries read 64 cells; in the decoder 64 queries, its "mask tokens", read K
     tokens. (In TiTok inputs and queries all see one another, in every layer; here convolutions mix the cells,
@@ -375,9 +378,9 @@ class Queries(nn.Module):
 
 
 def keep_prefix(x, keep):
-    """x (B, T, W), keep (B,) -> x with zeros from token number keep[b] on: what the decoder never gets."""
-    first = torch.arange(x.shape[1], device=x.device) < keep[:, None]     # (B, T)
-    return x * first[..., None]
+    """x (B, T, W), keep (B,) -> x with only the first keep[b] tokens; the rest are 0, and say nothing."""
+    kept = torch.arange(x.shape[1], device=x.device) < keep[:, None]      # (B, T)
+    return x * kept[..., None]
 
 
 class Tokenizer(nn.Module):
@@ -390,14 +393,15 @@ class Tokenizer(nn.Module):
 
     def __init__(self, quantizer, width=64, blocks=1, queries=0):
         super().__init__()
-        self.quantizer, self.queries, self.nested = quantizer, queries, queries > 0
+        self.quantizer, self.queries = quantizer, queries
+        self.nested = queries > 0                       # ordered tokens; lesson 12 switches it off
         self.stem = nn.Conv2d(1, width, 8, stride=4, padding=2)  # a cell sees 8 x 8 pixels, moved by 4
         self.encoder = nn.Sequential(*[Residual(width) for _ in range(blocks)])
         self.gather, self.scatter = nn.Identity(), nn.Identity()
         if queries:
             self.gather = Queries(64, queries, width, blocks + 1)
             self.scatter = Queries(queries, 64, width, blocks + 1)
-        # C is small: 256 points in 64 dimensions are all equally far apart, and nearest says little
+        # C is small: V = 256 points in W = 64 dimensions are about equally far apart; nearest says little
         self.to_code = nn.Linear(width, quantizer.dim)
         self.scale = nn.BatchNorm1d(quantizer.dim * (queries or 1), affine=False)
         self.from_code = nn.Linear(quantizer.dim, width)
@@ -408,9 +412,9 @@ class Tokenizer(nn.Module):
         """float (B, 32, 32) in 0 .. 1 -> z (B, T, C), each number of mean 0 and variance 1 over a batch.
 
         Why fix it: FSQ's levels lie at fixed places, and a commitment to codes 0.1 away is another loss than
-        one to codes 10 away. With queries each token has means and variances of its own, K C in all: else
-        each settles in its own region of the one codebook: on MNIST a token then makes effective use of 39
-        of the 256 codes (perplexity), in place of 196.
+        one to codes 10 away. With queries each of the K tokens has C means and variances of its own. With C
+        for all, a token kept to its own region of the codebook, 39 of 256 codes in effective use (MNIST); so
+        it makes use of 196.
         """
         cells = norm(self.encoder(self.stem(images[:, None])).flatten(2).mT)  # (B, W, 8, 8) to (B, 64, W)
         z = self.to_code(self.gather(cells)).float()                          # (B, T, C)
@@ -429,7 +433,7 @@ class Tokenizer(nn.Module):
         """Training: float (B, 32, 32) -> rebuilt images, index (B, T, D), the quantizer's loss.
 
         Nested dropout (Rippel et al. 2014, arXiv:1402.0915) orders the K tokens. A quarter of the images keep
-        a random number of their first tokens; token 1 is always there, so it must say what matters most.
+        a random number of their first tokens; the first is always there, so it must say what matters most.
         (One-D-Piece draws one length for a whole batch; a length for each image is less noisy.)
         """
         z = self.latents(images)
@@ -437,28 +441,29 @@ class Tokenizer(nn.Module):
             q, index, loss = self.quantizer(z, rng)
         if not self.nested:
             return self.rebuild(q), index, loss
+        # one of 1 .. 4 K, where more than K means K: one image in four keeps fewer
         keep = torch.randint(1, 4 * self.queries + 1, (len(q),), generator=rng).clamp(max=self.queries)
         return self.rebuild(q, keep.to(q.device)), index, loss
 
 
 @torch.no_grad()
 def encode(images, model):
-    """uint8 images (N, 32, 32) -> tokens (N, T D), on the CPU. Codebook d has the integers from d V on.
+    """uint8 images (N, 32, 32) -> tokens (N, T * D), on the CPU. Codebook d has the integers from d V on.
 
-    Call model.eval() first, as `train` does at its end: in training mode the codes would move.
+    Call model.eval() first, as `train` does at its end: else codes move, and `scale` uses this batch's mean.
     """
     quantizer, tokens, device = model.quantizer, [], model.stem.weight.device
     for part in images.split(500):
         index = quantizer(model.latents(part.to(device) / 255))[1]                     # (500, T, D)
         # 3 in the first codebook and 3 in the second mean different things, so they are different tokens
-        first = quantizer.size * torch.arange(quantizer.depth, device=device)          # 0, V, 2 V, ...
-        tokens.append((index + first).flatten(1).cpu())
+        offset = quantizer.size * torch.arange(quantizer.depth, device=device)         # 0, V, 2 V, ...
+        tokens.append((index + offset).flatten(1).cpu())
     return torch.cat(tokens)
 
 
 @torch.no_grad()
 def decode(tokens, model, keep=None):
-    """tokens (N, T D) -> uint8 images (N, 32, 32), on the CPU. keep: only so many queries, or codebooks."""
+    """tokens (N, T * D) -> uint8 images (N, 32, 32), on the CPU. keep: only so many queries, or codebooks."""
     quantizer, images, device = model.quantizer, [], model.stem.weight.device
     for part in tokens.split(500):
         index = part.to(device).unflatten(1, (-1, quantizer.depth)) % quantizer.size  # (500, T, D)
@@ -526,8 +531,8 @@ BLOCKS = (Residual, Reader)  # modules whose parameters are all matrices, from f
 def make_optimizers(model, config, dtype):
     """Muon for the matrices inside the blocks; AdamW, at half its rate, for all else.
 
-    All else is the layers that touch pixels and code vectors, biases, places and queries. The codes are in
-    neither: they are buffers, moved by `update`.
+    All else is the layers that touch pixels and code vectors (few inputs or outputs, each with a scale of its
+    own), biases, places and queries. The codes are in neither: they are buffers, moved by `update`.
     """
     inside = [p for module in model.modules() if isinstance(module, BLOCKS) for p in module.parameters()]
     taken = {id(p) for p in inside}
@@ -558,8 +563,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
 
     Few directions dominate the gradient of a matrix; this moves all of them at one speed, the rare ones too.
-    Only for matrices inside the blocks. A row of an embedding or of the head belongs to one token, and most
-    rows have no gradient in a step: to equalise directions across them would move rows that saw nothing.
+    Only for matrices inside the blocks. A row of a token embedding, or of the layer that gives the logits,
+    belongs to one token, and most have no gradient in a step: to equalise directions would move them, too.
     dtype is that of the products (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times
     slower).
     """
@@ -589,7 +594,7 @@ BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: e
 
 
 def rng_at(*numbers, device="cpu"):
-    """Random numbers that follow from (seed, use, step) alone: to resume, no random state must be saved."""
+    """Random numbers that follow from (seed, use, step) alone, so no random state need be saved to resume."""
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # a sum would mix up 1, 2 and 2, 1
     return torch.Generator(device).manual_seed(int(mixed[0] >> 1))  # 63 bits: positive
 
@@ -785,7 +790,7 @@ def usage(index, size):
 
 
 def health(model, images):
-    """uint8 images (N, 32, 32) -> PSNR; usage and perplexity, of the codebook where they are least."""
+    """uint8 images (N, 32, 32) -> PSNR; usage and perplexity of the worst codebook, all T places pooled."""
     tokens, quantizer = encode(images, model), model.quantizer
     each = [usage(index, quantizer.size) for index in (tokens % quantizer.size).view(-1, quantizer.depth).T]
     return {"rpsnr": psnr(decode(tokens, model), images), "usage": min(share for share, _ in each),
@@ -802,8 +807,8 @@ def prefixes(model):
 def evaluate(model, data):
     """`health` on the test images, and what is needed to judge it -> the metrics, plain numbers.
 
-    bits_per_image: T D log2 V, what it takes to write the tokens down. A model of the tokens needs fewer (its
-    nats / log 2): codes are not equally frequent, and what is near tells about what is next.
+    bits_per_image: T * D * log2 V, what it takes to write the tokens down. A model of the tokens needs fewer
+    (nano_ar's nats / log 2): codes are not equally frequent, and what is near tells about what is next.
     """
     tokens, quantizer = encode(data.test_images, model), model.quantizer
     mean_image = data.train_images.float().mean(0)               # what 0 bits can show
@@ -919,7 +924,7 @@ def read_settings(argv=None):
 
     Each setting comes from the first that has it: the flags given now, the checkpoint, the preset, the
     defaults. Only those in FREE and LOCAL may be given otherwise than the checkpoint has them: the others
-    have shaped its weights, and to ignore a flag silently would be to lie.
+    have shaped its weights.
     """
     parser = argparse.ArgumentParser(prog=NAME, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -1050,11 +1055,12 @@ def build(config):
 def main(argv=None):
     """Do what the command line says -> the metrics; a full run and `eval` write them to OUT/metrics.json."""
     begun, words = time.time(), sys.argv[1:] if argv is None else list(argv)
-    text_only = words[:1] == ["bpe"]                    # needs no checkpoint: read the rest as of a full run
-    part, config, state = read_settings(words[1:] if text_only else words)
+    # bpe needs no checkpoint: read its flags as those of a full run. (`--text bpe` is not the word bpe)
+    bpe = [i for i, word in enumerate(words) if word == "bpe" and not words[max(0, i - 1)].startswith("--")]
+    part, config, state = read_settings([word for i, word in enumerate(words) if i not in bpe])
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)              # now: a wrong --out must not cost the whole run
-    if text_only or part == "bpe":
+    if bpe or part == "bpe":
         return run_bpe(config, out)
     device, dtype = pick_device(config.device, config.precision)
     model, data = build(config).to(device), load_data(config)
@@ -1086,7 +1092,7 @@ def main(argv=None):
 
 def print_summary(m, size):
     healthy = m.perplexity > size / 5
-    sick = "" if healthy else "\n             COLLAPSED: choose a smaller --codebook, or a lower --lr"
+    sick = "" if healthy else "\n             COLLAPSED: fewer codes (--codebook, --levels), or a lower --lr"
     print(f"""
 size         {m.tokens_per_image} tokens, {m.bits_per_image:.0f} bits an image; pixels: 8,192 bits
 quality      {m.rpsnr:.2f} dB; the mean image alone {m.mean_image_psnr:.2f} dB

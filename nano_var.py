@@ -1,22 +1,22 @@
 """nano_var: draw images scale by scale, and train the tokenizer that this needs.
 
-An image becomes four small maps of tokens, coarse to fine. Each map codes what the coarser ones have left
-over, so their sum is the image. A transformer draws one whole map per call: 4 calls, not 64 as in nano_ar.
+An image becomes a latent, and the latent four small maps of tokens, coarse to fine. Each map codes what the
+coarser ones have left over; their sum is decoded. A transformer draws one map per call: 4 calls, not 64.
 
-    32 x 32 image        8 x 8 latent f       f  =  up(r1)  +  up(r2)  +  up(r3)  +  r4  +  what is lost
+    32 x 32 image        8 x 8 latent f      f  =  up(r1)  +  up(r2)  +  up(r3)  +  up(r4)  +  what is lost
     +--------+ encoder  +-----------+              +---+     +---+     +---+     +---+
-    |   /|   |  ----->  | 8 numbers |              |1x1|     |2x2|     |4x4|     |8x8|    integers below 512:
-    |    |   |          | in each   |              +---+     +---+     +---+     +---+    1 + 4 + 16 + 64 = 85
-    |   _|_  |  <-----  | cell      |
+    |   /|   |  ----->  | 8 numbers |              |1x1|     |2x2|     |4x4|     |8x8|    r: tokens below 512;
+    |    |   |          | in each   |              +---+     +---+     +---+     +---+    up: their codes,
+    |   _|_  |  <-----  | cell      |                                                     enlarged to 8 x 8
     +--------+ decoder  +-----------+    transformer, one call per map:
 
-        reads      class         area(f1, 2x2)       area(f2, 4x4)       area(f3, 8x8)     f1 = up(r1)
+        reads      class           f1 as 2x2           f2 as 4x4           f3 as 8x8       f1 = up(r1)
                      |                 |                   |                   |           f2 = f1 + up(r2)
                      v                 v                   v                   v           f3 = f2 + up(r3)
-        predicts    r1, 1 token       r2, 4 tokens        r3, 16 tokens       r4, 64; f3 + r4 is decoded
+        predicts    r1, 1 token       r2, 4 tokens        r3, 16 tokens       r4, 64; f3 + up(r4) is decoded
 
-Every slot of a map sees all slots of its own map and of the coarser ones. Given these, the tokens of a map
-are drawn independently of each other; that is the price of few calls:
+A token has a slot in the transformer; a slot sees all slots of its own map and of the coarser ones. But what
+slots read are sums of coarser maps, so within a map tokens are drawn independently: the price of few calls.
 
     p(tokens | class) = p(r1 | class) p(r2 | class, r1) p(r3 | class, r1, r2) p(r4 | class, r1, r2, r3)
     and p(rk | ...) = the product over its cells of p(token | ...)
@@ -31,8 +31,8 @@ The parts of the file:
     the rest     data, judging what was drawn, pictures, settings
 
 The recipe is VAR's (Tian et al. 2024, arXiv:2404.02905), small enough for one CPU core and six minutes. The
-authors published no training code for their tokenizer; here it is a page. Where we do otherwise (running
-means as codes, rotary positions, relu^2, Muon, no adversarial and no perceptual loss), the text says so.
+authors published no training code for their tokenizer; here it is a page. Ours are running means
+as codes, rotary positions, relu^2 and Muon; there is no adversarial and no perceptual loss.
 
 Letters in comments: B images in a batch, K = 4 maps, map k has s x s cells ("side" s), L = 85 tokens of an
 image, V codes of C numbers, d the transformer's width, H heads, D = d / H, N any number. Blocks between
@@ -57,7 +57,7 @@ import tqdm
 import kernels
 
 # ----- pyramid: a latent as four maps of tokens -------------------------------------------------------------
-SIDE = 8                                                # of the latent: one cell for 4 x 4 pixels
+SIDE = 8                                                # of the latent: cells lie 4 pixels apart
 SCALES = (1, 2, 4, 8)                                   # sides of the maps, coarse to fine
 
 
@@ -77,11 +77,12 @@ class Pyramid(nn.Module):
         total = 0                                       what the maps so far say about the latent f
         for each side s:
             r     = nearest code of area(f - total, s)  the tokens of this map: what is left over, s x s cells
-            total = total + phi_s(bicubic(codes[r], 8)) from s x s back to 8 x 8 cells, repaired by phi
+            h     = bicubic(codes[r], 8)                    from s x s back to 8 x 8 cells
+            total = total + (h + phi_s(h)) / 2              half of it repaired by phi
 
     Why what is left over, and not f itself at four sizes? So no map repeats what a coarser one has said, and
-    the last sum is as near to f as 512 codes allow. Codes must then be of all sizes: large ones for the 1 x 1
-    map, small ones for the last. So they are not scaled to one length, as other quantizers like to do.
+    each mends the errors of those before. Codes must then be of all sizes (on glyphs those of the 1 x 1 map
+    are 2.4 long, root mean square, those of the last .95), so they are not scaled to one length.
 
     phi is a 3 x 3 convolution that repairs what enlarging has blurred. VAR shares four of them among its ten
     maps; here each map has its own, and the last has none: it is not enlarged.
@@ -93,8 +94,8 @@ class Pyramid(nn.Module):
         # Codes are running means of the vectors that choose them (van den Oord et al. 2017, appendix A.1),
         # moved by `update`. VAR moves them by gradients; such codebooks easily collapse (see nano_tok.py).
         self.codes = nn.Buffer(torch.zeros(codebook_size, code_dim))    # (V, C)
-        self.count = nn.Buffer(torch.zeros(codebook_size))              # running weight of these vectors
-        self.total = nn.Buffer(torch.zeros(codebook_size, code_dim))    # their running sum: total / count
+        self.count = nn.Buffer(torch.zeros(codebook_size))              # how many chose it, running mean
+        self.total = nn.Buffer(torch.zeros(codebook_size, code_dim))    # their sum; code = total / count
         self.phi = nn.ModuleDict({str(s): nn.Conv2d(code_dim, code_dim, 3, padding=1) for s in scales[:-1]})
         for conv in self.phi.values():
             nn.init.dirac_(conv.weight)                 # the identity, to begin with
@@ -109,14 +110,14 @@ class Pyramid(nn.Module):
         return (h + self.phi[str(side)](h)) / 2         # half of it as it is, half repaired: as in VAR
 
     def nearest(self, z, k):
-        """Vectors (B, N, C) of map k -> tokens (B, N). Here all maps choose alike; a variant may use k."""
+        """Vectors (B, N, C) of map k -> tokens (B, N). All maps choose alike; lesson 32 makes use of k."""
         return kernels.nearest_code(z.flatten(0, 1), self.codes).view(z.shape[:2])
 
     def encode(self, f):
         """f (B, C, 8, 8) -> tokens (B, L), the K sums after each map, the vectors that were coded (B, L, C).
 
-        The trap: what is left over must be taken from the true sum, errors of rounding to a code included, so
-        a finer map can mend what a coarser one got wrong. So maps are coded one after the other.
+        The trap: what is left over is f less the sum of the *rounded* maps, so that a finer map can mend what
+        a coarser one got wrong. So maps are coded one after the other.
         """
         total, tokens, sums, vectors = torch.zeros_like(f), [], [], []
         for k, side in enumerate(self.scales):
@@ -131,7 +132,7 @@ class Pyramid(nn.Module):
 
         The last sum is what the image decoder paints; the others are previews. The input of map k is the sum
         of the maps before it, seen in s x s cells; zeros for the first. It lies cell on cell with the tokens
-        to predict and does not depend on them: nothing has to be shifted, as it is in a GPT.
+        to predict, and does not depend on them: no shift by one slot, which a GPT needs.
         """
         total = self.codes.new_zeros(len(tokens), self.codes.shape[1], SIDE, SIDE)
         inputs, sums = [], []
@@ -142,7 +143,7 @@ class Pyramid(nn.Module):
         return torch.cat(inputs, 1), sums
 
     def forward(self, f, rng):
-        """Training: f -> its quantized twin, with a gradient, and a loss of its own. Moves the codes.
+        """Training: f -> the last sum, with a gradient for f, and the pyramid's own loss. Moves the codes.
 
         pull moves every partial sum towards f, which trains phi. commit moves f towards the last sum, so that
         latents stay near codes; its weight 0.25 is VQ-VAE's. VAR pulls f to *every* sum, also to those of
@@ -153,17 +154,17 @@ class Pyramid(nn.Module):
         commit = F.mse_loss(f, sums[-1].detach())
         if self.training:
             self.update(gather(vectors), gather(tokens), rng)   # of the whole batch
-        # Straight through: choosing a code has no gradient, so f gets that of the sum, as if it were equal.
-        # Unlike VAR, phi gets the decoder's gradient too: sums are not cut off.
+        # Straight through: choosing a code has no gradient, so f gets the gradient of the sum, as if f were
+        # the sum. Not f + (sum - f).detach(), as usual: here phi gets the decoder's gradient too.
         return sums[-1] + (f - f.detach()), pull + 0.25 * commit
 
     @torch.no_grad()
     def update(self, vectors, tokens, rng, decay=0.95, restart=0.05):
         """code = mean of the vectors (B, L, C) that chose it, the last 1 / (1 - 0.95) = 20 steps or so.
 
-        A code whose weight falls below 5 % of its fair share is dead: near nothing, it would stay so for
-        ever. It starts again as one of the vectors that are coded badly now. So the codebook starts, too: all
-        codes are dead at first.
+        A code whose weight falls below 5 % of its fair share is dead: nobody's nearest, it would stay so for
+        ever. It starts again as one of the vectors that are coded badly now. The codebook begins this way: at
+        first all codes are 0, one of them takes every vector, and the other 511 are dead.
         """
         # A vector of map k weighs 1 / s^2. Else the last map, with 64 of 85 vectors, would own the codebook.
         weight = torch.cat([torch.full((s * s,), 1 / s**2) for s in self.scales]).to(vectors)
@@ -176,8 +177,9 @@ class Pyramid(nn.Module):
         dead = (self.count < restart * fair).nonzero()[:, 0]
         if len(dead):
             error = weight * (z - self.codes[index]).square().sum(-1) + 1e-12
-            chosen = torch.multinomial(error.cpu(), len(dead), len(dead) > len(z), generator=rng).to(z.device)
-            self.count[dead], self.total[dead] = fair, z[chosen] * fair
+            again = len(dead) > len(z)                  # more codes than vectors: some are drawn twice
+            chosen = torch.multinomial(error.cpu(), len(dead), again, generator=rng).to(z.device)
+            self.count[dead], self.total[dead] = fair, z[chosen] * fair     # as if it had its fair share
         self.codes.copy_(self.total / self.count[:, None])
 
 
@@ -297,7 +299,7 @@ class Block(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
         self.up = nn.Linear(dim, 4 * dim, bias=False)
         self.down = nn.Linear(4 * dim, dim, bias=False)
-        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))
+        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(4.0)))  # its logarithm
         self.offset = nn.Parameter(torch.zeros(6 * dim))
         nn.init.zeros_(self.proj.weight)                # a new block changes nothing
         nn.init.zeros_(self.down.weight)
@@ -314,7 +316,7 @@ class Block(nn.Module):
         qkv = self.qkv(norm(x) * (1 + scale1) + shift1).view(B, N, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)            # heads before slots: (B, H, N, D) each
         # Cosine attention: q and k have length 1, so a score is a cosine times the head's sharpness, 4 at
-        # first and 100 at most. Lengths that grow as training goes on could not make attention brittle.
+        # first and 100 at most. If lengths could grow in training, scores would, too: all weight on one slot.
         q = F.normalize(rotate(q, cos, sin), dim=-1) * self.sharpness.clamp(max=math.log(100)).exp()
         q, k = q.to(v.dtype), F.normalize(rotate(k, cos, sin), dim=-1).to(v.dtype)
         if cache is None:
@@ -323,14 +325,14 @@ class Block(nn.Module):
             cache[0, :, :, start:start + N] = k
             cache[1, :, :, start:start + N] = v
             y = kernels.decode_attention(q, cache[0], cache[1], start + N, scale=1.0, causal=False)
-        # 1 + gate (VAR: gate alone, begun near 0): the zeros in proj and down are start enough
+        # 1 + gate (VAR: gate alone, begun near 0): proj and down begin at 0: so far a block adds nothing
         x = x + (1 + gate1) * self.proj(y.transpose(1, 2).reshape(B, N, d))
         y = F.relu(self.up(norm(x) * (1 + scale2) + shift2)).square()   # relu^2: cheaper than gelu
         return x + (1 + gate2) * self.down(y)
 
 
 class VAR(nn.Module):
-    """p(tokens of a map | class, coarser maps). Slot t belongs to token t and has read what came before."""
+    """p(tokens of a map | class, coarser maps). Slot t predicts token t and reads the sum of coarser maps."""
 
     def __init__(self, codebook_size, code_dim, classes, scales, dim, depth, heads):
         super().__init__()
@@ -359,26 +361,26 @@ class VAR(nn.Module):
         end, label = start + inputs.shape[1], self.label(labels)        # (B, d)
         slots = torch.cat([area(self.place, s)[0] + level for s, level in zip(self.scales, self.level)])
         x = self.word(inputs) + slots[start:end]                        # (B, N, d)
-        if start == 0:                                  # the first map reads zeros: give it the class
+        if start == 0:                                  # slot 0, the 1 x 1 map, reads 0: give it the class
             x = torch.cat([x[:, :1] + label[:, None], x[:, 1:]], 1)
         mask = kernels.scales([s * s for s in self.scales]) if cache is None else None
         label = F.silu(label)
         condition = self.condition(label)               # (B, 6 d)
         for i, block in enumerate(self.blocks):
-            layer = None if cache is None else cache[i]
-            x = block(x, self.cos[start:end], self.sin[start:end], condition, mask, layer, start)
+            kept = None if cache is None else cache[i]  # (2, B, H, L, D)
+            x = block(x, self.cos[start:end], self.sin[start:end], condition, mask, kept, start)
         scale, shift = self.final(label)[:, None].chunk(2, -1)
         return self.head(norm(x) * (1 + scale) + shift)
 
     def new_cache(self, B):
-        """Room for all keys and values: (depth, 2, B, H, L, D); 340 KB a row by default."""
+        """Room for all keys and values: (depth, 2, B, H, L, D); 340 KB an image by default."""
         heads, dim = self.blocks[0].heads, self.place.shape[1]
         return self.place.new_zeros(len(self.blocks), 2, B, heads, self.length, dim // heads)
 
 
 def nats(model, pyramid, tokens, labels):
     """-log p of each token (B, L), given its class and the *true* coarser maps (teacher forcing)."""
-    with torch.autocast(tokens.device.type, enabled=False):     # so that inputs are those of sampling
+    with torch.autocast(tokens.device.type, enabled=False):     # in 32 bits, as in sampling
         inputs, _ = pyramid.decode(tokens)              # (B, L, C)
     logits = model(inputs, labels).float()              # (B, L, V); the softmax always in 32 bits
     return F.cross_entropy(logits.mT, tokens, reduction="none")
@@ -423,19 +425,23 @@ def generate(model, pyramid, labels, rng, guidance=1.0, temperature=1.0, top_p=N
 
 
 def draw(config, model, pyramid, labels, change=None):
-    """`generate` with settings and seed of the config, 250 at a time -> tokens (N, L) on the CPU.
+    """`generate` with settings and seed of the config, 100 at a time -> tokens (N, L) on the CPU.
 
-    Only the last map is cut to its likeliest tokens (tail.png shows it whole and cut). Not that its laws were
-    wrong: of 500 glyphs not trained on, the true token lies outside the likeliest 90 % in 8 % of the cells.
-    But 64 cells are drawn without seeing each other, and what each may well be, all of them seldom are at
-    once: strokes get ragged, and no call comes after to mend them. The likeliest tokens all follow from the
-    same coarse maps, so they go together. nano_ar needs no cut: there the next cell sees the last.
-    The coarse maps stay whole. They decide which digit in which hand; cutting them would cost variety.
+    Why 100? Guided, they are 200 rows, whose keys, values and logits take 220 MB; 250 images would take three
+    times that, and on a CPU a third longer each: arrays that large leave the processor's own cache.
+
+    Only the last map is cut, to its likeliest tokens that hold half of the probability (tail.png shows it
+    whole and cut). Not that its probabilities were wrong: of 500 glyphs not trained on, the true token lies
+    outside the likeliest 90 % in 8 % of the cells. But the 64 cells are drawn without seeing each other. A
+    rare token is fine where its neighbours know of it; here they do not: strokes get ragged, and no call
+    comes after to mend them. The likeliest tokens follow from the same coarse maps, so they go together.
+    nano_ar needs no cut: there each cell sees the one before. The coarse maps stay whole: they decide the
+    hand that the digit is written in, and cutting them would cost variety.
     """
     device, tokens = model.place.device, []
     rng = rng_at(config.seed, SAMPLING, device=device)
     top_p = [1.0] * (len(model.scales) - 1) + [config.last_top_p]
-    for part in tqdm.tqdm(labels.split(250), desc="draw", disable=None, leave=False):
+    for part in tqdm.tqdm(labels.split(100), desc="draw", disable=None, leave=False):
         tokens.append(generate(model, pyramid, part.to(device), rng, config.guidance, config.temperature,
                                top_p, change).cpu())
     return torch.cat(tokens)
@@ -445,8 +451,8 @@ def draw(config, model, pyramid, labels, change=None):
 def train_tokenizer(config, tokenizer, data, dtype=torch.float32, path=None, state=None):
     """Fit the tokenizer to data.train_images -> history, a list of {step, error, psnr, usage}.
 
-    Loss: squared error of the pixels, as a share of their variance (1: no better than a grey image, so that
-    the pyramid's loss weighs the same for dark and for bright data), plus the loss of the pyramid. VAR adds a
+    Loss: squared error of the pixels, as a share of their variance (1: no better than a grey image), plus the
+    loss of the pyramid. As a share, so that both weigh the same for dark and for bright data. VAR adds a
     perceptual and an adversarial loss, which want pretrained networks; for digits of 32 pixels this will do.
 
     dtype, path, state as in `train`. Test images are looked at, and choose nothing.
@@ -582,8 +588,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update of each weight matrix is orthogonalised (Jordan et al. 2024).
 
     Few directions dominate the gradient of a matrix; this moves all of them at one speed, the rare ones too.
-    Only for matrices inside the blocks. A row of an embedding or of the head belongs to one token, and most
-    rows have no gradient in a step: to equalise directions across them would move rows that saw nothing.
+    Only for matrices inside the blocks. A row of a token embedding, or of the layer that gives the logits,
+    belongs to one token, and most have no gradient in a step: to equalise directions would move them, too.
     dtype is that of the products (torch.optim.Muon always takes bf16: on a CPU that emulates it, 20 times
     slower).
     """
@@ -613,7 +619,7 @@ BATCHES, HIDING, SAMPLING, CODEBOOK = range(4)  # what random numbers are for: e
 
 
 def rng_at(*numbers, device="cpu"):
-    """Random numbers that follow from (seed, use, step) alone: to resume, no random state must be saved."""
+    """Random numbers that follow from (seed, use, step) alone, so no random state need be saved to resume."""
     mixed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)  # a sum would mix up 1, 2 and 2, 1
     return torch.Generator(device).manual_seed(int(mixed[0] >> 1))  # 63 bits: positive
 
@@ -810,7 +816,7 @@ def load_images(data, seed):
 # ----- evaluation -------------------------------------------------------------------------------------------
 @torch.no_grad()
 def nats_per_map(model, pyramid, tokens, labels):
-    """-log p(map | class, coarser maps) in nats, means over tokens (N, L) and labels (N,) -> K numbers."""
+    """-log p(map | class, coarser maps) in nats, means over N images -> K numbers."""
     device, sums = model.place.device, torch.zeros(len(model.scales), dtype=torch.float64)
     for part, label in zip(tokens.split(250), labels.split(250)):
         loss = nats(model, pyramid, part.to(device), label.to(device))  # (250, L)
@@ -935,7 +941,7 @@ def evaluate(config, model, tokenizer, data, samples, labels):
 
     def time_of(B):
         asked = labels[:1].repeat(B).to(device)
-        top_p = (1, 1, 1, config.last_top_p)
+        top_p = [1.0] * (len(SCALES) - 1) + [config.last_top_p]
         run = functools.partial(generate, model, pyramid, asked, None, config.guidance, top_p=top_p)
         return milliseconds(lambda: decode(run(), tokenizer)) / B
 
@@ -1032,7 +1038,7 @@ def read_settings(argv=None):
 
     Each setting comes from the first that has it: the flags given now, the checkpoint, the preset, the
     defaults. Only those in FREE and LOCAL may be given otherwise than the checkpoint has them: the others
-    have shaped its weights, and to ignore a flag silently would be to lie.
+    have shaped its weights.
     """
     parser = argparse.ArgumentParser(prog=NAME, description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

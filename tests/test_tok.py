@@ -210,13 +210,13 @@ def test_a_collapsed_codebook_is_revived_by_restarts():
     assert share_used(restart=0.0) <= 2 / 32 and share_used(restart=0.05) == 1
 
 
-def test_spread_draws_in_proportion_to_the_squared_distance():
+def test_badly_coded_points_are_drawn_in_proportion_to_their_error():
     distance, counts = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.zeros(4)
     for seed in range(2000):
-        counts[nano_tok.spread(distance, 1, seeded(seed))] += 1
+        counts[nano_tok.draw_badly_coded(distance, 1, seeded(seed))] += 1
     assert counts[0] == 0 and (counts / 2000 - distance / 8).abs().max() < 0.04  # 3.5 standard deviations
-    assert sorted(nano_tok.spread(torch.ones(5), 5, seeded(0)).tolist()) == [0, 1, 2, 3, 4]
-    assert len(nano_tok.spread(torch.zeros(3), 8, seeded(0))) == 8
+    assert sorted(nano_tok.draw_badly_coded(torch.ones(5), 5, seeded(0)).tolist()) == [0, 1, 2, 3, 4]
+    assert len(nano_tok.draw_badly_coded(torch.zeros(3), 8, seeded(0))) == 8
 
 
 def test_every_codebook_of_rvq_lowers_the_error():

@@ -299,8 +299,8 @@ def test_draw_cuts_only_the_last_map(monkeypatch):
     seen, true_sample = [], kernels.sample
     monkeypatch.setattr(kernels, "sample", lambda *a, top_p, **k: seen.append(top_p) or true_sample(*a, **k))
     config = SimpleNamespace(seed=0, guidance=1.0, temperature=1.0, last_top_p=0.3)
-    drawn = nano_var.draw(config, tiny_model(), tiny_pyramid(), torch.arange(251) % 3)
-    assert seen == [1, 1, 1, 0.3] * 2 and drawn.shape == (251, 85)
+    drawn = nano_var.draw(config, tiny_model(), tiny_pyramid(), torch.arange(101) % 3)
+    assert seen == [1, 1, 1, 0.3] * 2 and drawn.shape == (101, 85)
 
 
 def test_the_first_loss_is_log_v_and_blocks_start_as_the_identity():
