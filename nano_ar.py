@@ -540,10 +540,11 @@ def read_idx(path):
         start = file.read(4)
         if start[:3] != b"\0\0\x08" or len(start) < 4:
             raise ValueError(f"{path.name} is no IDX file of bytes")
-        shape = np.frombuffer(file.read(4 * start[3]), ">u4").tolist()
+        sizes = file.read(4 * start[3])
+        shape = [int.from_bytes(sizes[i:i + 4], "big") for i in range(0, 4 * start[3], 4)]
         check_size(math.prod(shape), path)
         raw = file.read(math.prod(shape) + 1)           # one more: at the end gzip compares its checksum
-    if len(shape) != start[3] or len(raw) != math.prod(shape):
+    if len(sizes) != 4 * start[3] or len(raw) != math.prod(shape):
         raise ValueError(f"{path.name} is cut, or longer than its header says: {shape}")
     return np.frombuffer(raw, np.uint8).reshape(shape)
 
