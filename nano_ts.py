@@ -498,7 +498,7 @@ def load_series(config):
     try:
         path = fetch("", name, ETT_URL, checksum) if per_day else pathlib.Path(name)
         columns, dates, step, table = read_csv(path, config.target, config.dates)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         where = f"; or put {name} into data/ or the folder that $NANO_DATA names" if per_day else ""
         fail(f"--data {config.data}: {error}{where}")
     # months of 30 days: 8640, 11520, 14400 hours, or 34560, 46080, 57600 quarters; the rest is not scored
@@ -637,7 +637,10 @@ def read_csv(path, target="", form=""):
         with open(path, encoding="utf-8-sig", newline="") as file:      # newline: a quoted cell may hold one
             separator = max(",;\t", key=file.readline().count)          # what the header has most of
             file.seek(0)
-            lines = list(csv.reader(file, delimiter=separator, strict=True))   # strict: quotes must end
+            reader = csv.reader(file, delimiter=separator, strict=True)  # strict: a quote must end
+            lines = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{error} in line {reader.line_num}, or a quote above is not closed") from None
     except UnicodeDecodeError:
         raise ValueError("this is no UTF-8 text; export the table as CSV (UTF-8)") from None
     rows = [row for row in lines if any(cell.strip() for cell in row)]

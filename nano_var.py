@@ -753,7 +753,7 @@ def check_size(size, path):
     A gzip or a zip of a megabyte can hold a thousand; MNIST unpacks to 47.
     """
     if size > max(2**27, path.stat().st_size):
-        raise ValueError(f"{path.name} holds {size:,} bytes, too many to unpack: store it uncompressed")
+        raise ValueError(f"{path.name} would be {size:,} bytes: damaged; if it is not, unpack it first")
 
 
 def read_idx(path):
@@ -777,7 +777,7 @@ def read_pair(path):
         with zipfile.ZipFile(path) as archive:
             check_size(sum(part.file_size for part in archive.infolist()), path)
         with np.load(path, allow_pickle=False) as file:
-            return file["images"], file["labels"]
+            return np.asarray(file["images"]), np.asarray(file["labels"])
     if "images-idx3" not in path.name:
         raise ValueError("not glyphs, mnist, fashion-mnist, an .npz, or a file like x-images-idx3-ubyte.gz")
     return read_idx(path), read_idx(path.with_name(path.name.replace("images-idx3", "labels-idx1")))
@@ -807,7 +807,7 @@ def load_images(data, seed):
             return *as_tensors(x, y), *as_tensors(test_x, test_y)
         images, labels = as_tensors(*read_pair(pathlib.Path(data)))
     except Exception as error:                                   # missing, empty, cut, foreign: many types
-        fail(f"--data {data}: {error}")
+        fail(f"--data {data}: {error}; give another file, or --data glyphs, which needs none")
     mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     test, train = mixed[:len(images) // 10], mixed[len(images) // 10:]
     return images[train], labels[train], images[test], labels[test]

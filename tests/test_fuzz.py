@@ -122,18 +122,18 @@ def gz(data):
 HEAD, GOOD, TAGS = b"\0\0\x08\x03", idx_bytes(IMAGES), idx_bytes(LABELS)
 IDX = {  # what: images, labels (None: no file), a word; x.gz: compressed
     "empty": (b"", TAGS, "no IDX file"), "three bytes": (HEAD[:3], TAGS, "no IDX file"), "text": (b"hello world", TAGS, "no IDX file"),
-    "floats": (b"\0\0\x0d\x03" + GOOD[4:], TAGS, "no IDX file"), "little-endian": (HEAD + np.array([25, 28, 28], "<u4").tobytes() + IMAGES.tobytes(), TAGS, "too many"),
+    "floats": (b"\0\0\x0d\x03" + GOOD[4:], TAGS, "no IDX file"), "little-endian": (HEAD + np.array([25, 28, 28], "<u4").tobytes() + IMAGES.tobytes(), TAGS, "unpack it first"),
     "rank 0": (b"\0\0\x08\0a", TAGS, "uint8 ()"), "rank 255": (b"\0\0\x08\xff" + GOOD[4:], TAGS, ""), "rank 2": (idx_bytes(IMAGES[0]), TAGS, "(28, 28)"),
     "header alone": (GOOD[:16], TAGS, "is cut"), "half a header": (GOOD[:9], TAGS, "is cut"), "one byte short": (GOOD[:-1], TAGS, "is cut"),
     "one byte long": (GOOD + b"\0", TAGS, "longer than"), "no images": (idx_bytes(IMAGES[:0]), TAGS, "20 images"), "19 images": (idx_bytes(IMAGES[:19]), TAGS, "20 images"),
     "27 x 27": (idx_bytes(IMAGES[:, 1:, 1:]), TAGS, "28 x 28"), "one count less": (HEAD + struct.pack(">3I", 24, 28, 28) + GOOD[16:], TAGS, "longer than"),
-    "count -1": (HEAD + struct.pack(">3i", -1, 28, 28) + GOOD[16:], TAGS, "too many"), "claims 3 TB": (HEAD + struct.pack(">3I", 2**32 - 1, 28, 28), TAGS, "too many"),
-    "claims 2**96": (HEAD + b"\xff" * 12, TAGS, "too many"), "no labels": (GOOD, None, "labels-idx1"), "labels empty": (GOOD, b"", "no IDX file"),
+    "count -1": (HEAD + struct.pack(">3i", -1, 28, 28) + GOOD[16:], TAGS, "unpack it first"), "claims 3 TB": (HEAD + struct.pack(">3I", 2**32 - 1, 28, 28), TAGS, "unpack it first"),
+    "claims 2**96": (HEAD + b"\xff" * 12, TAGS, "unpack it first"), "no labels": (GOOD, None, "labels-idx1"), "labels empty": (GOOD, b"", "no IDX file"),
     "labels of another": (GOOD, idx_bytes(LABELS[:24]), "needs 25 labels"), "images as labels": (GOOD, GOOD, "needs 25 labels"), "labels cut": (GOOD, TAGS[:-3], "is cut"),
     "swapped": (TAGS, GOOD, "needs 20 images"), "not gzip.gz": (GOOD, gz(TAGS), "gzip"), "cut.gz": (gz(GOOD)[:-20], gz(TAGS), "end-of-stream"),
     "a bit of its checksum.gz": (gz(GOOD)[:-8] + bytes([gz(GOOD)[-8] ^ 1]) + gz(GOOD)[-7:], gz(TAGS), "CRC"), "empty.gz": (b"", gz(TAGS), "no IDX file"),
     "garbage behind.gz": (gz(GOOD) + b"garbage", gz(TAGS), "gzip"), "twice.gz": (gz(GOOD) * 2, gz(TAGS), "longer than"), "text.gz": (gz(b"hello world"), gz(TAGS), "no IDX file"),
-    "claims 3 TB.gz": (gz(HEAD + struct.pack(">3I", 2**32 - 1, 28, 28)), gz(TAGS), "too many"), "zip.gz": (b"PK\3\4" + GOOD, gz(TAGS), "gzip"),
+    "claims 3 TB.gz": (gz(HEAD + struct.pack(">3I", 2**32 - 1, 28, 28)), gz(TAGS), "unpack it first"), "zip.gz": (b"PK\3\4" + GOOD, gz(TAGS), "gzip"),
 }
 
 
