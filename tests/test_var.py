@@ -173,7 +173,7 @@ def test_tokens_give_the_same_image_as_the_training_pass():
         rebuilt, _ = tokenizer.eval()(images / 255, None)
     tokens = nano_var.encode(images, tokenizer)
     painted = nano_var.decode(tokens, tokenizer)
-    torch.testing.assert_close(painted, (255 * rebuilt.clamp(0, 1)).round().byte(), atol=1, rtol=0)
+    torch.testing.assert_close(painted, (255 * rebuilt).round().byte(), atol=1, rtol=0)
     assert tokens.shape == (30, 85) and not nano_var.decode(tokens, tokenizer, 1).equal(painted)
     other = tokens.clone()
     other[:, 5:] = 0                                             # a preview of two maps does not see the others
