@@ -135,6 +135,38 @@ def test_one_map_is_plain_vector_quantization():
     torch.testing.assert_close(pyramid.codes, (0.95 * codes + 0.05 * sums) / (0.95 + 0.05 * hits)[:, None])
 
 
+@pytest.mark.parametrize("maps", [1, 2, 3, None])
+def test_loss_of_all_sums_and_the_gradient_of_a_preview(maps):
+    """In eval mode, in float64: 1.25 of the mean error; a preview's gradient reaches f through its coarse cells."""
+    pyramid = tiny_pyramid()
+    f = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=seeded(0)).requires_grad_()
+    q, loss = pyramid(f, None, maps)
+    sums, weights = pyramid.encode(f.detach())[1], torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=seeded(1))
+    torch.testing.assert_close(q.detach(), sums[(maps or 4) - 1])
+    error = sum((f.detach() - s).square().mean() for s in sums) / 4
+    torch.testing.assert_close(loss.detach(), 1.25 * error)
+    pulled = 0.25 * 2 * sum(f.detach() - s for s in sums) / 4 / f.numel()    # phi has no gradient here
+    torch.testing.assert_close(torch.autograd.grad(loss, f, retain_graph=True)[0], pulled)
+    got, = torch.autograd.grad((q * weights).sum(), f)
+    side, wanted = SCALES[(maps or 4) - 1], torch.zeros(2, 4, 8, 8, dtype=torch.float64)
+    for i, j in itertools.product(range(side), range(side)):     # one coarse cell at a time
+        one, width = torch.zeros(2, 4, side, side, dtype=torch.float64), 8 // side
+        one[:, :, i, j] = 1
+        share = (F.interpolate(one, 8, mode="bicubic") * weights).sum((2, 3)) / width**2
+        wanted[:, :, i * width:(i + 1) * width, j * width:(j + 1) * width] = share[..., None, None]
+    torch.testing.assert_close(got, wanted)
+
+
+def test_every_fourth_step_of_the_tokenizer_is_a_preview(monkeypatch):
+    seen, true_forward = [], Tokenizer.forward
+    monkeypatch.setattr(Tokenizer, "forward", lambda *a: seen.append(a[-1]) or true_forward(*a))
+    images = nano_var.glyphs(40, 0)[0]
+    config = SimpleNamespace(seed=0, tok_steps=17, tok_lr=0.02, codebook=16)
+    data = SimpleNamespace(train_images=images, test_images=images)
+    nano_var.train_tokenizer(config, Tokenizer(SCALES, 16, 4, 8), data)
+    assert seen == 3 * [None] + [1] + 3 * [None] + [2] + 3 * [None] + [3] + 3 * [None] + [1, None]
+
+
 def test_codes_weigh_all_maps_the_same():
     """All vectors on one of two codes: the pull of a map does not depend on how many cells it has."""
     pyramid = Pyramid((1, 8), 2, 1)
@@ -196,7 +228,7 @@ def test_every_weight_of_the_tokenizer_gets_a_gradient_and_an_optimizer():
 
 
 def test_tokenizer_learns(tmp_path):
-    """60 steps on 400 glyphs: above 16 dB, and most codes are in use; what `train_tokenizer` reports is so."""
+    """60 steps on 400 glyphs: above 15 dB, and most codes are in use; what `train_tokenizer` reports is so."""
     images = nano_var.glyphs(400, 0)[0]
     config = SimpleNamespace(seed=0, tok_steps=60, tok_lr=0.02, codebook=64)
     data = SimpleNamespace(train_images=images[:360], test_images=images[360:])
@@ -206,7 +238,7 @@ def test_tokenizer_learns(tmp_path):
     assert [entry["step"] for entry in history] == [15, 30, 45, 60]
     tokens = nano_var.encode(data.test_images, tokenizer.eval())
     measured = nano_var.psnr(nano_var.decode(tokens, tokenizer), data.test_images)
-    assert measured == history[-1]["psnr"] > 16 and history[-1]["error"] < history[0]["error"]
+    assert measured == history[-1]["psnr"] > 15 and history[-1]["error"] < history[0]["error"]
     assert history[-1]["usage"] == nano_var.usage(tokens, 64)[0] and history[-1]["usage"] > 0.7
     rates = [saved["param_groups"][0]["lr"] for saved in torch.load(tmp_path / "a.pt")["optimizers"]]
     torch.testing.assert_close(rates, [0.02 / 60, 0.01 / 60], rtol=1e-9, atol=0)
