@@ -42,7 +42,7 @@ H heads, D = C / H numbers per head, N any number of images or slots. Blocks bet
     python nano_ar.py --preset gpu          a wider, deeper model, for one small GPU
 """
 import argparse, functools, gzip, hashlib, io, itertools, json, math
-import os, pathlib, sys, time, timeit, urllib.request, zipfile
+import os, pathlib, sys, time, timeit, urllib.request, warnings, zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -554,7 +554,8 @@ def read_pair(path):
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as archive:
             check_size(sum(part.file_size for part in archive.infolist()), path)
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file, warnings.catch_warnings():
+            warnings.simplefilter("error")              # numpy warns of odd headers: refused, in one line
             return np.asarray(file["images"]), np.asarray(file["labels"])
     if "images-idx3" not in path.name:
         raise ValueError("not glyphs, mnist, fashion-mnist, an .npz, or a file like x-images-idx3-ubyte.gz")
@@ -585,7 +586,7 @@ def load_images(data, seed):
             return *as_tensors(x, y), *as_tensors(test_x, test_y)
         images, labels = as_tensors(*read_pair(pathlib.Path(data)))
     except Exception as error:                                   # missing, empty, cut, foreign: many types
-        fail(f"--data {data}: {error}; give another file, or --data glyphs, which needs none")
+        fail(f"--data {data}: {str(error) or repr(error)}; give another file, or --data glyphs")
     mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     test, train = mixed[:len(images) // 10], mixed[len(images) // 10:]
     return images[train], labels[train], images[test], labels[test]

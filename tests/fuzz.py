@@ -262,7 +262,7 @@ def case_csv(rng, folder):
     rows, separator, form = table_text(rng)
     whole = rng.random() < 0.05
     for _ in range(0 if whole else rng.integers(0, 5)):
-        r, c = int(rng.integers(len(rows))), int(rng.integers(len(rows[0])))
+        r, c = int(rng.integers(len(rows))), int(rng.integers(max(1, len(rows[0]))))
         row = rows[r] = list(rows[r])
         kind = rng.integers(10)
         if kind < 5 and c < len(row):
