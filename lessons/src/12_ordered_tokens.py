@@ -109,10 +109,9 @@ show(plt.figure(figsize=(6, 4)).gca(), [F.normalize(row, dim=1).view(K, 16, 16) 
 plt.show()
 
 # %% [markdown]
-# With any law that draws short lengths, every prefix is within .2 % of the least possible. Without it the same space comes out (the last figure of the
-# first line is 1.001) in a basis that means nothing: the shorter prefixes are 3 to 5 % worse than they could be. The cosines say .79 and .78 for
-# numbers 3 and 4: two principal components of nearly equal strength, which gradients take long to tell apart, though the error hardly notices. That
-# three in four pictures stay whole changes nothing in the end. Order costs *nothing* here. Remember this sentence.
+# With any law that draws short lengths, every prefix is within .2 % of the least possible. Without it the same space comes out (the last figure of
+# the first line is 1.001) in a basis that means nothing: the shorter prefixes are 3 to 5 % worse than they could be. (Numbers 3 and 4, cosines .79
+# and .78, are still mixed, though the error hardly notices.) Order costs *nothing* here.
 #
 # ## Where nothing is known: sixteen integers
 #
@@ -179,9 +178,9 @@ plt.show()
 # Question 1: no. The first of 16 tokens that never had to stand alone gives 12.08 dB, *less* than the mean image, 12.75, for which no token is needed.
 # Four still do not reach it. With nested dropout the curve rises from 13.55 dB on: One-D-Piece's claim holds at our size, too.
 #
-# But the theory fails. Order was free in the linear case; here the whole sequence falls from 20.14 to 19.51 dB, and 4 ordered tokens, 15.39 dB, are far
-# behind a tokenizer made for length 4, 18.06 dB. **Fixed length is the rival to beat**, and only who needs many lengths beats it. The theorem assumed one
-# optimum for all lengths at once; a network of finite size, trained for 300 steps, has to share. (All figures: 1,000 test glyphs, seed 0.)
+# But the theory fails. Order was free in the linear case; here the whole sequence falls from 20.14 to 19.51 dB, and 4 ordered tokens, 15.39 dB, are
+# far behind a tokenizer made for length 4, 18.06 dB. **Fixed length is the rival to beat**, and only who needs many lengths beats it. A network of
+# finite size, trained for 300 steps, has to share. (All figures: 1,000 test glyphs, seed 0.)
 #
 # The dense tokens have 19.32 dB for the same 128 bits: behind fixed queries, about level with ordered ones, and 64 tokens instead of 16.
 #
@@ -213,8 +212,8 @@ plt.show()
 # A dense token changes its cell, by 71 to 110, all alike. The ordered ones fall from 470 for token 1 to 83 for token 16, with one that says almost
 # nothing (token 12, 5): nested dropout has made a ranking. The fixed ones have none.
 #
-# Something that we did not expect: nothing ties a query to a place, and yet most of these maps are spots. Trained for so short a time, on centred
-# digits, queries divide the picture among themselves almost as a grid would. Token 1 of the ordered ones is the widest of them.
+# Unexpectedly, although nothing ties a query to a place, most of these maps are spots. These queries divide the picture among themselves almost as a
+# grid would.
 #
 # ## When to stop
 #
@@ -321,12 +320,12 @@ with put(mine, "halt", halt):
         print(f"{name:12} tokens until the error is .02 (17 dB): {true.mean():.1f}; in one pass {fast.mean():.1f}")
 
 # %% [markdown]
-# Question 3: something else. At 6 tokens on average: one length 16.71 dB, one quality 17.00, one price **17.37**. One quality for all spends many tokens
-# on hard pictures that gain little by them; it is the right rule only if you have promised a quality.
+# Question 3: something else. At 6 tokens on average: one length 16.71 dB, one quality 17.00, one price **17.37**. One quality for all is right only
+# if you have promised a quality.
 #
-# **One pass.** KARL must not decode 16 times to find the length: its encoder is told the wanted error, and marks the tokens that it does not need. Ours
-# is a sketch of that *after* training: least squares from the 64 latents and their squares to the logarithms of the 16 errors, and then the
-# same two rules on guessed errors. It costs .02 dB with the one rule and .14 with the other: nearly as good as the search, as the authors say of theirs.
+# **One pass.** KARL need not decode 16 times: its encoder is told the wanted error, and marks the tokens that are superfluous. Ours is a sketch of
+# that *after* training: least squares from the 64 latents and their squares to the logarithms of the 16 errors, and then the same two rules on
+# guessed errors. It costs .02 dB with the one rule and .14 with the other: nearly as good as the search, as the authors say of theirs.
 #
 # They also find that familiar pictures get short codes. So here: 6.8 tokens for glyphs, 9.3 for the same glyphs upside down, 16 for noise, which never
 # becomes good enough. Black pictures need 1; in one pass they get 4.0, for no picture like them was among those from which the guess was learned.
@@ -371,16 +370,15 @@ show(plt.figure(figsize=(8, 2.6)).gca(), rows, [*drawn, "ordered, 1", "ordered, 
 plt.show()
 
 # %% [markdown]
-# Question 2: from those that give pictures back *worse*. By PSNR the order is fixed, ordered, dense: 20.14, 19.51, 19.32 dB. By what is drawn it is exactly
-# the reverse: gFD 49.4, 46.2, 31.4, and .682, .757, .861 of the digits are right. What counts is also how well tokens can be foreseen: 73.5 nats for
-# the fixed ones, 66.9 ordered, 23.7 dense. A generator that errs on token 1 of an ordered sequence has at least the rest to react to it.
+# Question 2: from those that give pictures back *worse*. By PSNR the order is fixed, ordered, dense: 20.14, 19.51, 19.32 dB. By what is drawn it is
+# exactly the reverse: gFD 49.4, 46.2, 31.4, and .682, .757, .861 of the digits are right. What counts is also how well tokens can be foreseen: 73.5
+# nats for the fixed ones, 66.9 ordered, 23.7 dense.
 #
-# Do not read more into it. It is one seed, the judge finds all of these pictures poor, and the difference of fixed and ordered in gFD is small. That dense
-# tokens win at equal bits is against TiTok's promise: their cells hang together and are easy to predict, and what queries save is *calls*, 16 against
-# 64. A longer tokenizer training helps queries more than grids.
+# It is one seed, and fixed and ordered differ little in gFD. At equal bits the dense tokens win: their cells hang together and are easy to predict,
+# and what queries save is *calls*, 16 against 64.
 #
-# The digit can be read in .22 of the drawings after 1 token, .45 after 4, .72 after 8. FlexTok reports that a class needs few tokens. Here, with a decoder
-# that answers doubt by blur, it takes half of them; theirs is a generator itself, and paints something sharp from any prefix.
+# The digit can be read in .22 of the drawings after 1 token, .45 after 4, .72 after 8. FlexTok gets by with few: its decoder is a generator itself,
+# and paints something sharp from any prefix. Ours answers doubt by blur.
 #
 # ## Your own law in the script
 #
@@ -419,7 +417,7 @@ with put(nano_tok.Tokenizer, "forward", forward):
 #   tokens are needed so rarely that they learn nothing. Hence the script's quarter: choose the law by the lengths that you will use. (The other
 #   difference, a length for each picture or for the batch, made hardly any in a trial of ours.)
 # * **"Easier to foresee is easier to generate", alone.** The tokens of tail drop cost fewer nats than the ordered ones (62.2 against 66.9), and gFD is
-#   worse, 63.2: its pictures are already far away when the tokens are perfect, rFD 65.1. Both ends count, and neither PSNR nor nats says which.
+#   worse, 63.2: its pictures are already far away when the tokens are perfect, rFD 65.1. Both ends count.
 # * A token need not help: 16 % of them make their picture worse. A mean curve that rises does not mean that each picture's does.
 #
 # To try: the law of FlexTok (1, 2, 4, 8 or 16) in exercise 5; 2,000 steps; `K = 8` in the linear case, where two components change places.
