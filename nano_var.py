@@ -83,7 +83,7 @@ class Pyramid(nn.Module):
 
     Why what is left over, and not f itself at four sizes? So no map repeats what a coarser one has said, and
     each mends the errors of those before. Codes are then long and short (on glyphs the numbers in codes of
-    the 1 x 1 map have root mean square .30, of the 2 x 2 map .06); so, unlike VAR's, they have no common length.
+    the 1 x 1 map have root mean square .30, of the 2 x 2 map .06). So, unlike VAR's, they share no length.
 
     phi is a 3 x 3 convolution that repairs what enlarging has blurred. VAR shares four of them among its ten
     maps; here each map has its own, and the last has none: it is not enlarged.
