@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
