@@ -276,6 +276,8 @@ print("20 begun, 4 finished, previews judged by a network of their own: verifier
 # with $r=\log v(\text{class}\mid x)$ and $\lambda=1$ it is Bayes' rule. Weigh after stage $k$ by what the stage has *gained*, $w=e^{\lambda(r_k-r_{k-1})}$ with $r_0=0$: along a path the product telescopes to $e^{\lambda r_K}$.
 # By the whole $r_k$ each time, the default of the official code, early previews count again and again; the law that this aims at has $e^{\lambda(r_1+\dots+r_K)}$.
 #
+# Early strengths may even be smaller, $w=e^{\lambda_kr_k-\lambda_{k-1}r_{k-1}}$: only the last one, $\lambda_K$, stays in the product. So early previews can be trusted little, and the target stays.
+#
 # First, copies. Drawn independently, a candidate of weight $w$ gets $nw$ copies on average, but the count scatters. **Systematic** resampling throws one number $u$: lay the weights end to end on a line from 0 to 1, and take who lies at
 # $(0+u)/n,\ (1+u)/n,\dots$ The count then is $nw$ rounded down or up, and still $nw$ in the mean. *Worked:* w = (.5, .3, .2), u = .5, n = 4: points .125, .375, .625, .875: 0, 0, 1, 2.
 #
@@ -294,9 +296,9 @@ def systematic(w, u, n):
 check.check_systematic(systematic)
 
 # %% [markdown]
-# **Exercise 4.** `particles(grow, score, resample, strength, M, K)`: begin with x (M, 0) of integers. Stage k: x = grow(k, x); scores (M,) = score(k, x); weigh by the gain times `strength`; `index = resample(weights)`, weights (M,) with sum 1. Particles
+# **Exercise 4.** `particles(grow, score, resample, strengths, M)`: begin with x (M, 0) of integers. Stage k of K = len(strengths): x = grow(k, x); scores $r_k$ (M,) = score(k, x); weigh by $e^{\lambda_kr_k-\lambda_{k-1}r_{k-1}}$, $\lambda_k$ = strengths[k], nothing before the first; `index = resample(weights)`, weights (M,) with sum 1. Particles
 # *and their scores* are copied. -> x (M, K) after the last copying, and $\log\hat Z$, where $\hat Z$ is the product over stages of the **mean** of the weights before they are normalised.
-# $\hat Z$ has the expectation $Z$, exactly, even with two particles: the check runs through every way in which chance can fall. *Worked:* gains 0 and log 3, strength 1: mean weight 2, resample((1/4, 3/4)).
+# $\hat Z$ has the expectation $Z$, exactly, even with two particles: the check runs through every way in which chance can fall. *Worked:* two gains, 0 and log 3: mean weight 2, resample((1/4, 3/4)).
 
 # %%
 def particles(grow, score, resample, strengths, M):
