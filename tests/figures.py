@@ -1,7 +1,7 @@
 """Where every figure comes from: figures.csv holds what README and docstrings quote, and this shows its age, or measures it again.
 
     python tests/figures.py                 the table, with the commits that have touched a file since it was measured
-    python tests/figures.py --run 60        run again what takes at most 60 s a run, and say whether it lands in its band
+    python tests/figures.py --run 100 vq    run again what has vq in its command and takes at most 100 s a run: is it in its band?
 
 Columns: file, and the quote as it stands there; from: a command, or "definition" for what follows from the code, or a paper or lesson that
 says so; metric: the path in the command's metrics.json, with a % behind it where the quote is in per cent; seeds: of the numbers in the
@@ -62,7 +62,9 @@ def measure(row, cache):
         command = row["from"].replace("{seed}", seed)
         if command not in cache:
             with tempfile.TemporaryDirectory() as out:
-                argv = [sys.executable, *shlex.split(command)[1:], "--out", out]
+                kept = Path(os.environ.get("NANO_DATA", "data"))        # where a file of a command may lie
+                words = [str(kept / word) if (kept / word).is_file() else word for word in shlex.split(command)]
+                argv = [sys.executable, *words[1:], "--out", out]
                 subprocess.run(argv, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 cache[command] = json.loads((Path(out) / "metrics.json").read_text(encoding="utf-8"))
         value = find(cache[command], row["metric"].rstrip(" %"))
@@ -73,9 +75,11 @@ def measure(row, cache):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=float, default=0, help="measure again what takes at most so many seconds a run")
-    limit, cache, off = parser.parse_args().run, {}, 0
+    parser.add_argument("only", nargs="?", default="", help="rows whose command holds this text")
+    args = parser.parse_args()
+    limit, cache, off = args.run, {}, 0
     for row in rows():
-        if row["from"] == "definition":
+        if row["from"] == "definition" or args.only not in row["from"]:
             continue
         since = (datetime.date.today() - datetime.date.fromisoformat(row["date"])).days
         print(f"{row['file']:<14} {row['quote'][:44]:<44} {age(row):>3} commits {since:>4} days   {row['from'][:60]}")

@@ -414,8 +414,7 @@ with put(nano_tok.Tokenizer, "forward", forward):
 #
 # * **Free order.** True for matrices, wrong for this network: .63 dB for our law, 2.13 dB for tail drop (18.01 dB against 20.14).
 # * **Tail drop as published.** It wins at 4 tokens (16.86 dB against 15.39), and from 9 tokens on its curve is flat: 18.02, 18.02, ... 18.01. The last
-#   tokens are needed so rarely that they learn nothing. Hence the script's quarter: choose the law by the lengths that you will use. (The other
-#   difference, a length for each picture or for the batch, made hardly any in a trial of ours.)
+#   tokens are needed so rarely that they learn nothing. Hence the script's quarter: choose the law by the lengths that you will use.
 # * **"Easier to foresee is easier to generate", alone.** The tokens of tail drop cost fewer nats than the ordered ones (62.2 against 66.9), and gFD is
 #   worse, 63.2: its pictures are already far away when the tokens are perfect, rFD 65.1. Both ends count.
 # * A token need not help: 16 % of them make their picture worse. A mean curve that rises does not mean that each picture's does.
