@@ -462,23 +462,24 @@ def train_tokenizer(config, tokenizer, data, dtype=torch.float32, path=None, sta
     perceptual and an adversarial loss, which want pretrained networks; for digits of 32 pixels this will do.
 
     Every fourth step paints a preview, from the first map, the first two or three in turn; its error weighs a
-    tenth. So coarse maps learn to say what they can about the image. They are drawn first, and what they have
-    settled, the 64 cells of the last map, which do not see each other, cannot get wrong. On glyphs of seed 1
-    the first three maps alone give 17.0 dB instead of 13.3, all four 28.1 instead of 28.5, the transformer
-    needs 231 nats instead of 254, and gFD against fresh glyphs is 5.4 instead of 8.0.
+    tenth (in the history, too). So coarse maps learn to say what they can about the image. They are drawn
+    first, and what they have settled, the 64 cells of the last map, which do not see each other, cannot get
+    wrong. On glyphs of seed 1 the first three maps alone give 17.0 dB instead of 13.3, all four 28.1 instead
+    of 28.5, the transformer needs 231 nats instead of 254, and gFD against fresh glyphs is 5.4, not 8.0.
 
     dtype, path, state as in `train`. Test images are looked at, and choose nothing.
     """
     device, optimizers = tokenizer.pyramid.codes.device, tokenizer_optimizers(tokenizer, config, dtype)
     first, history, seconds = resume(tokenizer, state, "tokenizer", optimizers)
     variance, network = (data.train_images / 255).var(), parallel(tokenizer)
+    K = len(tokenizer.pyramid.scales)
     every, losses, begun = max(1, config.tok_steps // 4), [], time.time() - seconds
     bar = tqdm.trange(first, config.tok_steps, desc="tokenizer", disable=RANK > 0 or None, leave=False)
     for step in bar:
         chosen = my_part(batch_at(step, len(data.train_images), 128, config.seed))
         images = data.train_images[chosen].to(device) / 255
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            maps = 1 + step // 4 % (len(SCALES) - 1) if step % 4 == 3 else None     # of a preview; None: all
+            maps = 1 + step // 4 % (K - 1) if step % 4 == 3 and K > 1 else None     # of a preview; None: all
             rebuilt, extra = network.train()(images, rng_at(config.seed, CODEBOOK, step), maps)
         error = F.mse_loss(rebuilt, images) / variance * (0.1 if maps else 1)
         descend(error + extra, optimizers, (config.tok_lr, config.tok_lr / 2), 1 - step / config.tok_steps)

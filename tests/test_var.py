@@ -157,14 +157,16 @@ def test_loss_of_all_sums_and_the_gradient_of_a_preview(maps):
     torch.testing.assert_close(got, wanted)
 
 
-def test_every_fourth_step_of_the_tokenizer_is_a_preview(monkeypatch):
+@pytest.mark.parametrize("scales, previews", [(SCALES, [1, 2, 3, 1]), ((8,), 4 * [None]), ((2, 8), 4 * [1])])
+def test_every_fourth_step_of_the_tokenizer_is_a_preview(scales, previews, monkeypatch):
     seen, true_forward = [], Tokenizer.forward
     monkeypatch.setattr(Tokenizer, "forward", lambda *a: seen.append(a[-1]) or true_forward(*a))
     images = nano_var.glyphs(40, 0)[0]
     config = SimpleNamespace(seed=0, tok_steps=17, tok_lr=0.02, codebook=16)
     data = SimpleNamespace(train_images=images, test_images=images)
-    nano_var.train_tokenizer(config, Tokenizer(SCALES, 16, 4, 8), data)
-    assert seen == 3 * [None] + [1] + 3 * [None] + [2] + 3 * [None] + [3] + 3 * [None] + [1, None]
+    nano_var.train_tokenizer(config, Tokenizer(scales, 16, 4, 8), data)
+    assert seen[3::4] == previews and len(seen) == 17
+    assert [maps for i, maps in enumerate(seen) if i % 4 != 3] == 13 * [None]
 
 
 def test_codes_weigh_all_maps_the_same():
