@@ -148,13 +148,19 @@ def load(path):
 
 
 def make(number):
-    """Write both notebooks. A solved one that the source has not changed keeps its outputs."""
+    """Write both notebooks. A solved one whose code the source has not changed keeps its outputs."""
     cells = read(sources()[number].read_text(encoding="utf-8"))
     stubs_path, solved_path = places(number)
     save(notebook(number, cells, stub), stubs_path)
     book = notebook(number, cells, solved)
-    if not solved_path.exists() or without_outputs(load(solved_path)) != without_outputs(book):
-        save(book, solved_path)
+    if solved_path.exists():
+        old = load(solved_path)
+        before, after = ([cell for cell in b["cells"] if cell["cell_type"] == "code"] for b in (old, book))
+        if ["".join(cell["source"]) for cell in before] == ["".join(cell["source"]) for cell in after]:
+            for was, cell in zip(before, after):
+                cell |= {"execution_count": was["execution_count"], "outputs": was["outputs"]}
+            book["metadata"] = old["metadata"]
+    save(book, solved_path)
 
 
 def run(number):
