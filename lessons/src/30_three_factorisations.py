@@ -321,10 +321,10 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Guess 2: one by one 227.3 nats, map by map 244.8. Drawing at once costs 17.5 nats a picture, 8 %, and most of it lies in the 8 x 8 map. (Two trained
-# networks differ here, so it estimates the total correlation, no more.) The Markov mask costs nothing: 243.5. The sum of the coarser maps, which every slot
-# reads, already says what attention to them could. Raster has the better pictures, gFD 6.6, on tokens of its own. That the other three differ in gFD,
-# 17.0, 18.2 and 18.7 with 400 pictures and one seed, says nothing.
+# Guess 2: one by one 198.5 nats, map by map 218.3. Drawing at once costs 19.8 nats a picture, 10 %, and most of it lies in the 8 x 8 map. (Two trained
+# networks differ here, so it estimates the total correlation, no more.) The Markov mask costs nothing: 218.2. The sum of the coarser maps, which every slot
+# reads, already says what attention to them could. Raster has the better pictures, gFD 6.6, on tokens of its own. The other three have 19.9, 26.8 and 27.9, with 400 pictures and one seed: one by one is
+# ahead; in the larger experiment by less than the noise.
 #
 # The experiment in full, three seeds, four blocks of width 128, 500 steps of 64, 20,000 glyphs; `python nano_var.py compare --seeds 3 --steps 500 --batch 64
 # --eval-every 100 --guidance 2` at commit `c9b124f` of this repository, which still holds the comparison. Bits are $\log_2$, mean and standard error:
@@ -363,8 +363,7 @@ for axis, B in zip(axes, (1, 64)[:steps(2, 1)]):
 plt.show()
 
 # %% [markdown]
-# Guess 1: 21 times fewer calls made one picture alone 15.5 times faster than token by token, and 11 times faster than raster. In a batch of 64 it is 2.5 and 1.7
-# times: there the work in the slots fills the time, and all that were measured compute 64 or 85 of them. "20 times faster" is a statement about
+# Guess 1: 21 times fewer calls made one picture alone 15.1 times faster than token by token, and 10 times faster than raster. In a batch of 64 it is 2.4 and 1.7 times: there the work in the slots fills the time, and all that were measured compute 64 or 85 of them. "20 times faster" is a statement about
 # batch 1. (Your machine will print other numbers; the two ends of the story should stay.)
 #
 # ## Which map is to blame?
@@ -392,8 +391,8 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The same at full size: `python nano_var.py` (glyphs) and the command for MNIST in the README of commit `2d9f77d`, seed 0, guidance 1; gFD of 2,000 glyphs, or of MNIST's
-# 1,000 pictures, with the last map whole / cut to its likeliest half:
+# The same at full size, with the script as it was at commit `2d9f77d` (`python nano_var.py`, seed 0, guidance 1, and the cell above); gFD of 2,000 glyphs,
+# or of MNIST's 1,000 pictures, with the last map whole / cut to its likeliest half:
 #
 # | real maps | all four (tokenizer) | three | two | one | none |
 # |---|---|---|---|---|---|
@@ -401,8 +400,7 @@ plt.show()
 # | MNIST | 1.79 | 7.22 / 2.08 | - / 5.30 | - / 6.06 | 12.82 / 6.15 |
 #
 # Guess 3: with the coarse maps real and only the last one drawn, about half of the distance is still there (glyphs 6.62 of 12.31). Cut to its likeliest half, the last
-# map does hardly any harm (1.95), and what is left comes from the coarse maps, mostly from 4 x 4. In our small run the last map alone makes all the distance:
-# 19.5 with three real maps, 16.3 with none.
+# map does hardly any harm (1.95), and what is left comes from the coarse maps, mostly from 4 x 4. In our small run the last map alone makes all the distance: 22.7 with three real maps, 23.6 with none.
 #
 # The first suspect is the law itself: perhaps the network spreads too much probability over unlikely tokens, and cutting repairs that. One can test it. A law
 # is **calibrated** if the true token lies outside its likeliest tokens just as often as the law itself says.
@@ -440,8 +438,9 @@ for p in (0.5, 0.9, 0.99):
 #
 # **Guesses that were tried at full size and refuted** (gFD with the last map whole, before: 13.4 in that series): draw the last map in four masked rounds, trained for it:
 # 14.9. Train longer, 2,400 steps for 900: 14.7. Make rarer codes dearer (entropy-constrained codes): 54 nats less at equal PSNR, pictures no better.
-# Train the decoder on disturbed last maps: 5.8 with the cut, where 5.94 was. What is left is the cut. It does not sample the model's law any more: it trades variety
-# for agreement.
+# Train the decoder on disturbed last maps: 5.8 with the cut, where 5.94 was. The cut helps, but it does not sample the model's law any more: it trades
+# variety for agreement. And one guess held: let the coarse maps say more. `nano_var.train_tokenizer` tells how, and what it gained; the tokenizer of
+# this lesson has it.
 #
 # ## The same law, on disk
 #
@@ -485,8 +484,7 @@ for run, name in ((one_by_one, "tokens"), (check.map_run, "scales"), (check.map_
     on_disk(run, name, steps(50, 3))
 
 # %% [markdown]
-# Every token comes back, and the files are as long as the losses say, within a byte. Fifty pictures take 2048 bytes one by one and 2220 map by map: the price of
-# drawing at once, 172 bytes, in a form that one can weigh. The same tokens, the same network, another factorisation.
+# Every token comes back, and the files are as long as the losses say, within a byte. Fifty pictures take 1789 bytes one by one and 1980 map by map: the price of drawing at once, 191 bytes, in a form that one can weigh. The same tokens, the same network, another factorisation.
 #
 # ## In the script's place
 #
@@ -507,8 +505,7 @@ with put(nano_var, "generate", generate):
 # %% [markdown]
 # ## What did not work
 #
-# The small experiment on blame cannot show what the coarse maps cost: its gFD does not grow as more of them are drawn, and the cut hardly helps (18.2 and
-# 17.3). The model is too weak for it; only the full-size table separates the two. All rows here are one seed.
+# The small experiment on blame cannot show what the coarse maps cost: its gFD does not grow as more of them are drawn. The model is too weak for it; only the full-size table separates the two. All rows here are one seed.
 #
 # ## Where to read on
 #
