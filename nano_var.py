@@ -31,7 +31,7 @@ The parts of the file:
     training     first the tokenizer, then, on tokens that are made once, the transformer
     the rest     data, judging what was drawn, pictures, settings
 
-The recipe is VAR's (Tian et al. 2024, arXiv:2404.02905), small enough for one CPU core and six minutes. The
+The recipe is VAR's (Tian et al. 2024, arXiv:2404.02905), small enough for two CPU cores and four minutes. The
 authors published no training code for their tokenizer; here it is a page. Ours are running means
 as codes, rotary positions, relu^2 and Muon; there is no adversarial and no perceptual loss.
 
