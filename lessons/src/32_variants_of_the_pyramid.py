@@ -410,7 +410,7 @@ measure("last map by a small one", plain, cost(coarse, big) + cost(plain, small)
 with put(nano_var, "area", lowpass):
     bands = fit(Bands())
     model = learn(teach(bands))
-    band("gFD of bands", measure("bands", bands, cost(bands, model), draw(bands, model)), 0, 200)
+    band("gFD of bands", measure("bands", bands, cost(bands, model), draw(bands, model)), 8, 40)
 
 show(**table)
 
