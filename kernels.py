@@ -654,7 +654,9 @@ def _for_kernel(op, *tensors):
         known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         _check(known, f'{op}: no kernel for {x.dtype}; cast to float32, or use("reference")')
         x = x.float() if interpreting() else x         # the interpreter computes bf16 wrongly, without a word
-        ready.append(F.pad(x, (0, _power_of_two(D) - D)).contiguous())
+        if D < _power_of_two(D):                        # else F.pad would copy, a whole cache at every token
+            x = F.pad(x, (0, _power_of_two(D) - D))
+        ready.append(x.contiguous())
     return ready
 
 
@@ -709,7 +711,26 @@ def _decode_chunks(q, k, v, part_o, part_lse, lengths, R, S, rows, chunks, scale
                     scale, D, BLOCK, MASKED=True)
     part = tl.program_id(0).to(tl.int64) * rows         # part_lse (B Hkv, chunks, rows), part_o (.., rows, D)
     _store(part_o + part * D, w / tl.where(u == 0, 1.0, u)[:, None], x, rows, D)
-    tl.store(part_lse + part + x, (m + tl.log2(u)) * 0.6931471805599453, mask=x < rows)     # in base e again
+    tl.store(part_lse + part + x, m + tl.log2(u), mask=x < rows)        # in base 2; -inf if it saw no key
+
+
+@kernel
+def _decode_merge(part_o, part_lse, o, rows, chunks, D: tl.constexpr, CHUNKS: tl.constexpr):
+    """A program for each query: its outputs from all chunks become one (D,).
+
+    A finished chunk is like one key with score lse and value o: its summary is m = lse, u = 1, w = o. So this
+    is `summarize` over the chunks of a query; one that saw no key weighs 2^-inf = 0.
+    """
+    x = tl.program_id(0)                                # which of the B Hkv rows queries
+    c = tl.arange(0, CHUNKS)                            # CHUNKS >= chunks, a power of two
+    at = ((x // rows).to(tl.int64) * chunks + c) * rows + x % rows      # (CHUNKS,)
+    lse = tl.load(part_lse + at, mask=c < chunks, other=float("-inf"))
+    m = tl.max(lse, 0)
+    weight = tl.exp2(lse - tl.where(m == float("-inf"), 0.0, m))        # (CHUNKS,)
+    d = tl.arange(0, D)
+    values = tl.load(part_o + at[:, None] * D + d[None, :], mask=c[:, None] < chunks, other=0.0)
+    w, u = tl.sum(weight[:, None] * values, 0), tl.sum(weight, 0)       # (D,) and a number
+    tl.store(o + x.to(tl.int64) * D + d, (w / tl.where(u == 0, 1.0, u)).to(o.dtype.element_ty))
 
 
 def _decode_triton(q, k, v, lengths, scale, causal):
@@ -722,11 +743,12 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, lengths, R, S, rows, chunks,
             scale * LOG2_E, HEADS=Hkv, CAUSAL=causal, D=D, ROWS=_power_of_two(rows), BLOCK=block,
             num_warps=4 if rows <= 16 else 8, num_stages=stages)
-    # A finished chunk is like one key with score lse and value o: its summary is m = lse, u = 1, w = o. So
-    # `summarize` merges the chunks of a query all at once; one that saw no key weighs e^-inf = 0
-    scores = part_lse.transpose(1, 2)[..., None, :]                     # (B Hkv, rows, 1, chunks)
-    values = part_o.transpose(1, 2)                                     # (B Hkv, rows, chunks, D)
-    return finish(summarize(scores, values))[0].reshape(q.shape)
+    if chunks == 1:
+        return part_o.view(q.shape).to(q.dtype)
+    o = torch.empty_like(q)
+    _launch(q, _decode_merge, B * Hkv * rows, part_o, part_lse, o, rows, chunks, D=D,
+            CHUNKS=1 << (chunks - 1).bit_length(), num_warps=4)
+    return o
 
 
 _causal = causal                                        # which the argument `causal` hides below
@@ -758,7 +780,10 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     few = R * H // k_cache.shape[1] <= 64               # queries of a key head, which share one tile
     with torch.autocast(q.device.type, enabled=False):
         if path(q).name == "triton" and few and not _needs_gradient(q, k_cache, v_cache):
-            lengths = torch.as_tensor(length, dtype=torch.int32, device=q.device).expand(B).contiguous()
+            if isinstance(length, int):                 # filled by the GPU: nothing is copied to it
+                lengths = torch.full((B,), length, dtype=torch.int32, device=q.device)
+            else:
+                lengths = length.to(torch.int32).contiguous()
             tensors = _for_kernel(op, q, k_cache, v_cache)
             return _decode_triton(*tensors, lengths, scale, causal)[..., :D].to(q.dtype)
         if not isinstance(length, int):

@@ -937,7 +937,7 @@ def read_settings(argv=None):
         kind |= {"default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
         parser.add_argument("--" + name.replace("_", "-"), **kind)
     given = vars(parser.parse_args(argv))               # SUPPRESS: this holds only what was really given
-    if [] in given.values():                            # what argparse makes of --out=--
+    if any(value in ([], "--") for value in given.values()):     # what argparse makes of --out=--
         fail("-- is no value: give the flag another")
     part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
     needed = "resume" in given or part not in ("all", "train")

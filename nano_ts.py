@@ -921,7 +921,7 @@ def read_settings(argv=None):
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
         parser.add_argument("--" + name, **kind, default=argparse.SUPPRESS, help=f"{text} [{default}]")
     given = vars(parser.parse_args(argv))                    # SUPPRESS: this holds only what was really given
-    if [] in given.values():                            # what argparse makes of --out=--
+    if any(value in ([], "--") for value in given.values()):     # what argparse makes of --out=--
         fail("-- is no value: give the flag another")
     part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
     for name, value in given.items():

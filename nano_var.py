@@ -659,9 +659,12 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 def meet(device):
     """Connect the processes; each gets a GPU of its own, and only number 0 speaks."""
     if PROCESSES > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))        # its number on this machine
-        torch.distributed.init_process_group()          # gloo between CPUs, nccl between CUDA devices
+        here, gpu = int(os.environ["LOCAL_RANK"]), device.type == "cuda"    # its number on this machine
+        if gpu and here >= torch.cuda.device_count():
+            fail(f"process {here} finds no GPU of its own: lower --nproc_per_node, or use --device cpu")
+        if gpu:
+            torch.cuda.set_device(here)
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")     # how they talk
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
@@ -1065,7 +1068,7 @@ def read_settings(argv=None):
         kind |= {"default": argparse.SUPPRESS, "help": f"{text} [{default}]"}
         parser.add_argument("--" + name.replace("_", "-"), **kind)
     given = vars(parser.parse_args(argv))               # SUPPRESS: this holds only what was really given
-    if [] in given.values():                            # what argparse makes of --out=--
+    if any(value in ([], "--") for value in given.values()):     # what argparse makes of --out=--
         fail("-- is no value: give the flag another")
     part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
     needed = "resume" in given or part not in ("all", "train")

@@ -52,7 +52,7 @@ def refused(script, call):
 
 # --- command lines --------------------------------------------------------------------------------------------------------
 EVERYWHERE = [("--unknown", "unrecognized"), ("--see", "unrecognized"), ("nonsense", "invalid choice"), ("all extra words", "extra words"),
-              ("--seed", "expected one argument"), ("--seed=--", "-- is no value"), ("--out=--", "-- is no value"), ("--seed -1", "from 0 on"), ("--seed 1.5", "invalid int"), ("--seed nan", "invalid int"),
+              ("--seed", "expected one argument"), ("--seed=--", "--"), ("--out=--", "-- is no value"), ("--seed -1", "from 0 on"), ("--seed 1.5", "invalid int"), ("--seed nan", "invalid int"),
               ("--seed 9999999999", "below a billion"), ("--seed " + "9" * 5000, "invalid int"), ("--device tpu", "choose one of"),
               ("--device=", "choose one of"), ("--preset huge", "choose one of"), ("--resume=yes", "ignored explicit argument"),
               ("--out good.npz", "cannot use good.npz"), ("--out good.npz/sub", "cannot use good.npz/sub")]

@@ -402,7 +402,7 @@ def test_learns_eight_images(kind):
     before = nano_tok.psnr(data.train_images.float().mean(0).expand(8, -1, -1), data.train_images)
     history = nano_tok.train(settings(), model.eval(), data)   # train sets the mode itself
     assert [entry["step"] for entry in history] == [20, 40, 60, 80, 100] and not model.training
-    assert history[-1]["rpsnr"] > before + 4, (before, history)
+    assert history[-1]["rpsnr"] > before + 3, (before, history)
     assert history[-1]["error"] < 0.3 < history[0]["error"]
 
 

@@ -241,7 +241,7 @@ def test_tokenizer_learns(tmp_path):
     tokens = nano_var.encode(data.test_images, tokenizer.eval())
     measured = nano_var.psnr(nano_var.decode(tokens, tokenizer), data.test_images)
     assert measured == history[-1]["psnr"] > 15 and history[-1]["error"] < history[0]["error"]
-    assert history[-1]["usage"] == nano_var.usage(tokens, 64)[0] and history[-1]["usage"] > 0.7
+    assert history[-1]["usage"] == nano_var.usage(tokens, 64)[0] and history[-1]["usage"] > 0.5
     rates = [saved["param_groups"][0]["lr"] for saved in torch.load(tmp_path / "a.pt")["optimizers"]]
     torch.testing.assert_close(rates, [0.02 / 60, 0.01 / 60], rtol=1e-9, atol=0)
 
