@@ -1038,7 +1038,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "last_top_p": (0.5, 0.001, "draw the last map from its likeliest tokens of this mass; 1: from all"),
 }
 PRESETS = {"cpu": {}, "gpu": dict(code_dim=16, width=128, tok_steps=6000, tok_lr=0.01, dim=384, depth=8,
-                                  steps=6000, batch=256, lr=0.02, samples=10000)}
+                                  steps=4000, batch=256, lr=0.02, samples=10000)}
 FREE = {"samples", "guidance", "temperature", "last_top_p"}  # may differ from the checkpoint's
 
 
