@@ -765,7 +765,7 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     cache, one number. An int above S is an error; a tensor is not looked at (the CPU would have to wait for
     the GPU), and the kernel reads S places then.
 
-    Kernel: dtypes and D as for `attention`. It has no gradient, and takes R H / Hkv <= 64 queries of a key
+    Kernel: dtypes and D as for `attention`. It has no gradient, and takes R H / Hkv <= 32 queries of a key
     head: else `attention` runs (or, with lengths in a tensor, torch). A cache that is not contiguous, or
     whose D is not 16, 32, 64 or 128, is copied at every call.
     """
@@ -779,7 +779,9 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     else:
         length = torch.as_tensor(length, device=q.device)
         _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
-    few = R * H // k_cache.shape[1] <= 64               # queries of a key head, which share one tile
+    # Queries of a key head share one tile. At 64 rows, Triton 3.6 multiplies float32 on sm_90 in pieces 8 wide
+    # (wgmma m64n8k8), and reads memory that is not there
+    few = R * H // k_cache.shape[1] <= 32
     with torch.autocast(q.device.type, enabled=False):
         if path(q).name == "triton" and few and not _needs_gradient(q, k_cache, v_cache):
             if isinstance(length, int):                 # filled by the GPU: nothing is copied to it
