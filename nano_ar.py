@@ -516,6 +516,7 @@ def glyphs(n, seed):
     return images, labels
 
 
+GLYPHS = {"glyphs": 20_000, "glyphs-200k": 200_000}  # to train on; a large model copies what is few
 IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
              "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 IMAGE_SETS = {  # name: folder, address, MD5 sums of the four files as their publishers give them
@@ -579,8 +580,8 @@ def as_tensors(images, labels):
 
 def load_images(data, seed):
     """-> images uint8 (N, 32, 32), labels (N,), test images, test labels. One file is split 9:1 by seed."""
-    if data == "glyphs":
-        return *glyphs(20000, 2 * seed), *glyphs(2000, 2 * seed + 1)
+    if data in GLYPHS:
+        return *glyphs(GLYPHS[data], 2 * seed), *glyphs(2000, 2 * seed + 1)
     try:
         if data in IMAGE_SETS:
             folder, url, sums = IMAGE_SETS[data]
@@ -767,7 +768,7 @@ def complete(config, model, data, out):
 # ----- settings and main ------------------------------------------------------------------------------------
 NAME, PARTS = "nano_ar", ("train", "sample", "eval", "complete")
 FLAGS = {  # name: default, what is allowed (names, or the least number), help
-    "data": ("glyphs", None, "glyphs, mnist, fashion-mnist, an IDX file, or an .npz with images and labels"),
+    "data": ("glyphs", None, "glyphs, glyphs-200k, mnist, fashion-mnist, an IDX file or an .npz"),
     "out": ("out/ar", None, "folder for checkpoint, pictures, samples.npz and metrics.json"),
     "preset": ("cpu", ("cpu", "gpu"), "other defaults; gpu: for an 8 GB card and half an hour"),
     "seed": (0, 0, "of the data, the weights and the samples"),
@@ -785,8 +786,8 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "temperature": (1.0, 0, "divides the logits; 0 takes the most probable token"),
     "top_p": (1.0, 0.001, "keep the most probable tokens up to this mass; 1 keeps all"),
 }
-PRESETS = {"cpu": {}, "gpu": dict(codebook=1024, dim=384, depth=8, steps=4000, batch=256, lr=0.02,
-                                  samples=10000)}
+PRESETS = {"cpu": {}, "gpu": dict(data="glyphs-200k", codebook=1024, dim=384, depth=8, steps=4000,
+                                  batch=256, lr=0.02, samples=10000)}
 FREE = {"samples", "guidance", "temperature", "top_p"}  # may differ from the checkpoint's
 
 

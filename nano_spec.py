@@ -971,7 +971,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "prompts": (6, 1, "bench: pieces of the test part to go on from"),
     "repeats": (3, 1, "bench: repetitions with other random numbers"),
 }
-PRESETS = {"cpu": {}, "gpu": dict(dim=512, depth=24, draft_dim=256, context=512, steps=4000, batch=8,
+PRESETS = {"cpu": {}, "gpu": dict(dim=512, depth=24, draft_dim=256, context=512, steps=400, batch=8,
                                   lr=0.01, new=384, precision="auto")}
 FREE = {"new", "prompt", "gamma", "temperature", "top_k", "top_p", "prompts", "repeats"}
 

@@ -673,6 +673,7 @@ def glyphs(n, seed):
     return images, labels
 
 
+GLYPHS = {"glyphs": 20_000, "glyphs-200k": 200_000}  # to train on; a large model copies what is few
 IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
              "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 IMAGE_SETS = {  # name: folder, address, MD5 sums of the four files as their publishers give them
@@ -736,8 +737,8 @@ def as_tensors(images, labels):
 
 def load_images(data, seed):
     """-> images uint8 (N, 32, 32), labels (N,), test images, test labels. One file is split 9:1 by seed."""
-    if data == "glyphs":
-        return *glyphs(20000, 2 * seed), *glyphs(2000, 2 * seed + 1)
+    if data in GLYPHS:
+        return *glyphs(GLYPHS[data], 2 * seed), *glyphs(2000, 2 * seed + 1)
     try:
         if data in IMAGE_SETS:
             folder, url, sums = IMAGE_SETS[data]
@@ -886,7 +887,7 @@ def draw_codes(out, model, images):
 # ----- settings and main ------------------------------------------------------------------------------------
 NAME, PARTS = "nano_tok", ("train", "eval", "bpe")
 FLAGS = {  # name: default, what is allowed (names, or the least number), help
-    "data": ("glyphs", None, "glyphs, mnist, fashion-mnist, an IDX file, or an .npz with images and labels"),
+    "data": ("glyphs", None, "glyphs, glyphs-200k, mnist, fashion-mnist, an IDX file or an .npz"),
     "text": ("pydoc", None, "pydoc, or any file, for byte pairs"),
     "out": ("out/tok", None, "folder for checkpoint, pictures, tokens.npz, bpe.json and metrics.json"),
     "preset": ("cpu", ("cpu", "gpu"), "other defaults; gpu: for an 8 GB card and half an hour"),
@@ -907,7 +908,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "batch": (128, 2, "images per step"),
     "lr": (0.02, 0, "learning rate of Muon; AdamW takes half of it"),
 }
-PRESETS = {"cpu": {}, "gpu": dict(width=256, blocks=4, steps=10000, batch=256, lr=0.005)}
+PRESETS = {"cpu": {}, "gpu": dict(data="glyphs-200k", width=256, blocks=4, steps=10000, batch=256, lr=0.005)}
 FREE = {"text", "vocab"}  # may differ from the checkpoint's
 
 

@@ -752,6 +752,7 @@ def glyphs(n, seed):
     return images, labels
 
 
+GLYPHS = {"glyphs": 20_000, "glyphs-200k": 200_000}  # to train on; a large model copies what is few
 IDX_FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
              "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 IMAGE_SETS = {  # name: folder, address, MD5 sums of the four files as their publishers give them
@@ -815,8 +816,8 @@ def as_tensors(images, labels):
 
 def load_images(data, seed):
     """-> images uint8 (N, 32, 32), labels (N,), test images, test labels. One file is split 9:1 by seed."""
-    if data == "glyphs":
-        return *glyphs(20000, 2 * seed), *glyphs(2000, 2 * seed + 1)
+    if data in GLYPHS:
+        return *glyphs(GLYPHS[data], 2 * seed), *glyphs(2000, 2 * seed + 1)
     try:
         if data in IMAGE_SETS:
             folder, url, sums = IMAGE_SETS[data]
@@ -1015,7 +1016,7 @@ def draw_pictures(config, model, tokenizer, out, tokens, labels, data):
 # ----- settings and main ------------------------------------------------------------------------------------
 NAME, PARTS = "nano_var", ("train", "sample", "eval")
 FLAGS = {  # name: default, what is allowed (names, or the least number), help
-    "data": ("glyphs", None, "glyphs, mnist, fashion-mnist, an IDX file, or an .npz with images and labels"),
+    "data": ("glyphs", None, "glyphs, glyphs-200k, mnist, fashion-mnist, an IDX file or an .npz"),
     "out": ("out/var", None, "folder for checkpoint, pictures, samples.npz and metrics.json"),
     "preset": ("cpu", ("cpu", "gpu"), "other defaults; gpu: for an 8 GB card and half an hour"),
     "seed": (0, 0, "of the data, the weights and the samples"),
@@ -1037,8 +1038,9 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
     "temperature": (1.0, 0, "divides the logits; 0 takes the most probable token"),
     "last_top_p": (0.5, 0.001, "draw the last map from its likeliest tokens of this mass; 1: from all"),
 }
-PRESETS = {"cpu": {}, "gpu": dict(code_dim=16, width=128, tok_steps=6000, tok_lr=0.01, dim=384, depth=8,
-                                  steps=4000, batch=256, lr=0.02, samples=10000)}
+PRESETS = {"cpu": {}, "gpu": dict(data="glyphs-200k", code_dim=16, width=128, tok_steps=6000,
+                                  tok_lr=0.01, dim=384, depth=8, steps=4000, batch=256, lr=0.02,
+                                  samples=10000)}
 FREE = {"samples", "guidance", "temperature", "last_top_p"}  # may differ from the checkpoint's
 
 
