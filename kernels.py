@@ -34,10 +34,10 @@ is an error on a GPU, not a silent detour. `path(tensor)` says which runs and wh
 This torch path is called "reference" as a whole, although it takes torch's fused attention where that gives
 the same numbers sooner. The functions named .._reference are definitions: both paths are tested against them.
 
-NO KERNEL HERE HAS EVER RUN ON A GPU: none was at hand. They ran in Triton's interpreter, on a CPU, against
-float64, always in float32 (it computes bf16 wrongly), and were compiled, also for 16 bits, for sm_80 and
-sm_90. Their speed, their 16-bit results, and errors that only a device makes are unknown. On a machine with
-a GPU `TRITON_INTERPRET=0 pytest tests/test_kernels.py` checks and `python tests/bench_kernels.py` times them.
+They ran on one GPU, an H200 (sm_90; Triton 3.6), where `TRITON_INTERPRET=0 pytest tests/test_kernels.py`
+passed; for sm_80 they were compiled only. Triton's interpreter, in which they are tested on a CPU, had not
+shown three things that the device did: a copy of the whole cache at every token, tiles at half the speed, and
+a size that the compiler gets wrong (`decode_attention`). `python tests/bench_kernels.py` times them.
 
 Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
 Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192,
@@ -548,9 +548,9 @@ def _attention_dkv(q, k, v, do, dk, dv, lse, delta, row_start, row_end, col_end,
 # stages is how many loads run ahead of the arithmetic, each with a tile of its own in the shared memory of
 # the processor. "large" GPUs have 227 KB of that: sm_90 (H100), sm_100 (B200); "small" ones, all others, at
 # least 99 KB. All this changes the speed and not the result: any powers of two from 16 on would do. The large
-# ones are the fastest of eight to eleven tried on an H200 (batch 4, 1024 / D heads, 4,096 tokens, causal); the
-# slowest of those took 1.5 to 4.4 times as long. The small ones were chosen by what the compiler reports (no
-# registers spilled into memory), and never timed.
+# ones are the fastest of eight to eleven tried on an H200 (bf16, batch 4, 1024 / D heads, 4,096 tokens,
+# causal); the slowest of those took 1.5 to 4.4 times as long. The small ones were chosen by what the compiler
+# reports (no registers spilled into memory), and never timed.
 TILES = {  # large, D <= 64   large, D <= 128  small, D <= 64   small, D <= 128
     "forward": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
     "dq": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)],
