@@ -9,8 +9,8 @@
 #    is lost: nothing, because each cell still has its left and its upper neighbour, or something that one can calculate?
 # 3. 64 calls become 15. Is drawing 4.3 times faster?
 #
-# Lesson 00 ended with a map of what may be a token and in which order tokens come. Here is the second half of that question, with the tokens, the
-# network, the steps of training and the judge kept equal.
+# Lesson 00 ended with a map: what is a token, and in which order do they come? Here is the second question, with tokens, network, steps
+# and judge kept equal.
 
 # %%
 import sys
@@ -44,7 +44,7 @@ judge = nano_ar.train_judge(data.train_images, data.train_labels, 10, torch.devi
 # **Exercise 1.** `diagonal(rows, columns)` -> `cells` (L,), the raster number of the cell that each token of the new sequence belongs to, and `groups`, a
 # list of the sizes of the groups. Inside a group the upper cell comes first. `diagonal(2, 3)` is `[0, 1, 3, 2, 4, 5]`, `[1, 2, 2, 1]`.
 #
-# *Hint:* a stable sort by row + column. And mind the direction: "which cell is the t-th" is asked, not "when is cell c drawn".
+# *Hint:* a stable sort by row + column. "Which cell is the t-th" is asked, not "when is cell c drawn".
 
 # %%
 def diagonal(rows, columns):
@@ -60,8 +60,7 @@ def diagonal(rows, columns):
 check.check_diagonal(diagonal)
 
 # %% [markdown]
-# In the new sequence, slot 0 reads the class and slot t + 1 reads token t, as always. But who predicts what? In raster order slot t predicts token t, its
-# successor. A cell (i, j) of a diagonal is predicted by **two** slots of the group before: by the one that reads its left neighbour (i, j - 1), through a
+# In the new sequence, slot 0 reads the class and slot t + 1 reads token t, as always. But who predicts what? In raster order slot t predicts token t. A cell (i, j) of a diagonal is predicted by **two** slots of the group before: by the one that reads its left neighbour (i, j - 1), through a
 # *right* head, and by the one that reads the cell above, (i - 1, j), through a *below* head. NAR averages their logits; at the border one
 # of them speaks alone. The first cell has no neighbour: both heads of the class slot, averaged.
 #
@@ -118,6 +117,8 @@ for axis, cells, title in zip(axes, (raster, diag.cells, shuffled), ("raster", "
 plt.show()
 
 # %% [markdown]
+# Dark cells are drawn first.
+#
 # ## One network for all fixed orders
 #
 # Below is `nano_ar.GPT` with an order. Two things are added. The heads: NAR's below head sits on a transformer block of its own, which grows out of the trunk
@@ -187,7 +188,7 @@ check.examine_model(OrderGPT)
 #
 # $$I=\sum_{a,b}p(a,b)\,\log\frac{p(a,b)}{p(a)\,p(b)}\;\ge 0,$$
 #
-# and it is paid in nats by *every* model of this kind, however large. Worked: a and b are both 0 or both 1, with 1/2 each. Then
+# and it is paid in nats by *every* model of this kind, however large (for more tokens: the sum of their entropies less that of all together). Worked: a and b are both 0 or both 1, with 1/2 each. Then
 # $I=\frac12\log\frac{1/2}{1/4}\cdot 2=\log 2$, and half of what is drawn are pairs, (0, 1) and (1, 0), that do not exist.
 #
 # **Exercise 4.** `price(joint)`: joint (V, V), which sums to 1 -> I in nats. Many entries are 0, and $0\log 0$ counts as 0.
@@ -212,8 +213,8 @@ for name, there in pairs.items():
     print(f"a cell and its neighbour {name:27} share {check.mutual_information(joint / joint.sum()):.2f} nats")
 
 # %% [markdown]
-# So neighbours on a diagonal do know of each other. Part of this is what the cells before tell both of them, and costs nothing; how
-# much is left, training will show. To measure it, one needs three models: raster; the diagonal order *one token at a time*, which
+# So neighbours on a diagonal do know of each other. Part of this is what class, place and the cells before tell both of them, and costs nothing; how
+# much is left, training will show. That takes three models: raster; the diagonal order *one token at a time*, which
 # pays nothing; the diagonal at once. A fourth reads the cells in the shuffled order of the picture above.
 
 # %%
@@ -274,8 +275,8 @@ curves["turned raster (FlashAR)"] = nano_ar.train(settings(60, lr=0.02), turned,
 # %% [markdown]
 # ## All orders at once
 #
-# The last model is trained on a new random order for every picture. It must be told which cell it is asked for: in raster order the slot says so, now the
-# sequence does. `nano_ar.GPT` is ready for that. Its rotary positions speak of the cell that is *read*, its slot vector of the cell to be
+# The last model is trained on a new random order for every picture. Until now slot t always asked for the same cell; now the model must be told which.
+# `nano_ar.GPT` is ready for that. Its rotary positions speak of the cell that is *read*, its slot vector of the cell to be
 # *predicted*; so we look up both by cell. (Two positions for a token are sigma-GPT's way, Pannatier et al. 2024, arXiv:2404.09562.) After
 # training, `cells` fixes one order for drawing.
 
@@ -346,8 +347,8 @@ print(f"any order: {nats.mean():.1f} nats, average of {len(nats)} orders; the sa
       f"{nats.std(0).mean():.1f} between orders; their mixture {check.mixture(nats).mean():.1f}")
 
 # %% [markdown]
-# What one can do with it: ask in an order that raster does not know. Raster draws the upper half blind, whatever the lower half is. The any-order model may
-# read the lower half first. How well is the upper half of a new picture predicted?
+# What one can do with it: raster draws the upper half blind, whatever the lower half is; the any-order model may read the lower half first. How well is the
+# upper half of a new picture predicted?
 
 # %%
 first_lower = torch.cat([torch.arange(32, 64), torch.arange(32)])
@@ -358,7 +359,7 @@ for name, model, cells in (("raster, nothing given", models["raster"], None), ("
 # %% [markdown]
 # ## The table
 #
-# 500 pictures from each, guidance off, so that the model's own law is seen.
+# 500 pictures from each, guidance (lesson 21) off, so that the model's own law is seen. The any-order model draws in the shuffled order of the picture above.
 
 # %%
 @torch.no_grad()
@@ -410,31 +411,32 @@ plt.show()
 #
 # * *raster, diagonal one by one*: 45.0 and 44.7 nats. Both always draw a cell beside known ones, and the network learns them equally well.
 # * *raster, shuffled*: 45.0 and 54.5. The chain rule promised equality for the truth, not for a network after 300 steps. In a shuffled order the
-#   first cells have no neighbour yet, and at each slot the known cells lie elsewhere. Guess 1: no.
+#   first cells have no neighbour yet, and which neighbours are known differs from slot to slot. Guess 1: no.
 # * *diagonal one by one, at once*: 44.7 and 47.4. The 2.7 nats a picture are the price of drawing together. (Not quite a pure measurement: NAR also has a
-#   block more, and averages two heads.) The 49 pairs of neighbours on diagonals share 0.36 nats each, together 18: most of that the cells before
-#   tell to both. Guess 2: something is lost, and one can calculate it. One sees it, too: fewer pictures are taken for the class that was asked for.
-# * *NAR, turned raster*: 47.4 and 47.7, after 300 steps from nothing and after 60 from a raster model, which began at 87.3, because the diagonal mask shows
-#   its trunk other cells than it knew. If a raster model is there, turning it is the cheap way.
-# * *shuffled, any order*: 54.5 and 73.3, at equal steps. One network now has to answer for all orders, and at this size it does not come near.
+#   block more, and averages two heads.) The 49 pairs of neighbours on diagonals share 0.36 nats each, together 18: most of that both learn
+#   from class, place and the cells before. Guess 2: something is lost, and the formula says what. Accuracy, .726 and .680, hints at it; 500 pictures prove no more.
+# * *NAR, turned raster*: 47.4 and 47.7, after 300 steps from nothing and after 60 from a raster model. That began at 87.3, mostly because the below head, a
+#   copy, still predicted what lies to the *right* of the cell above. If a raster model is there, turning it is the cheap way.
+# * *shuffled, any order*: 54.5 and 73.3, in the same order, at equal steps. One network now has to answer for all orders, and at this size it does not come near.
 #
-# We repeated all rows with seeds 1 and 2 for data, weights and samples, and 1,000 pictures each. All five statements about nats came out
+# Repeated (not shown) with seeds 1 and 2 for data, weights and samples, and 1,000 pictures each, all five statements about nats came out
 # again, and raster beat NAR in gFD and accuracy each time. What did *not*: which of raster and diagonal one by one has the better gFD, and whether
 # NAR or the turned model has. Two gFD of 500 pictures that differ by a few units say nothing.
 #
 # What did not work: offered the lower half, the any-order model hardly used it (38.7 and 38.1 nats for the upper half), while raster,
 # blind, needs 24.5. What an order makes possible and what a small network makes of it are two things. With five times the steps
-# it improves all the way and still stays behind raster.
+# (not shown) it improves all the way and still stays behind raster.
 
 # %% [markdown]
 # ## In the script's place
 #
-# `draw_slowly` reads everything 15 times. The script's `generate` reads each slot once, but draws one token a call.
+# `draw_slowly` reads everything 15 times. The script's `generate` reads each slot once, but draws one token a call. Yours does neither.
 #
 # **Exercise 6.** `generate(model, labels, rng, guidance, temperature, top_p, given)`, the script's function for groups: one call of `model.step` for each group of
 # `model.order.groups`, tokens (B, L) in raster order come out. `model.step(x, g, cache)` takes what group g - 1 reads (for g = 0 the class: `model.label(labels)[:, None]`,
 # after that `model.token(...)` of the tokens just drawn) and gives the logits (B, n, V) of group g. With guidance other than 1 the batch is doubled, with the class
-# and with `model.null`, as in the script. `given` (B, L), in raster order, holds tokens to keep and -1 where free.
+# and with `model.null`, and `nano_ar.guide(with, without, guidance)` joins the two logits. `given` (B, L), in raster order, holds tokens to keep and -1 where free.
+# *Hint:* `nano_ar.generate` has the same skeleton.
 
 # %%
 @torch.no_grad()
@@ -472,8 +474,7 @@ with put(nano_ar, "generate", generate):
 
 # %% [markdown]
 # Guess 3: one picture at a time, about three times faster, not 4.3: a diagonal call has more tokens, two heads and a block more.
-# With 64 at once, about one and a half times: a call is then no longer mostly waiting. "Fewer calls" is a promise about small batches.
+# With 64 at once, 1.4 times: then arithmetic takes the time, and there is no less of it. "Fewer calls" is a promise about small batches.
 #
-# Where to read on: NAR, He et al. 2025, arXiv:2503.10696; FlashAR, Zhou et al. 2026, arXiv:2605.09430; sigma-GPT, Pannatier et al. 2024,
-# arXiv:2404.09562 (any order, and many tokens a call). Lesson 30 draws more at once: whole maps, coarse to fine. Lessons 40 and 43 draw many
+# Where to read on: the three papers named above (sigma-GPT also draws many tokens a call). Lesson 30 draws more at once: whole maps, coarse to fine. Lessons 40 and 43 draw many
 # at once and lose *nothing*, because a second call checks the guesses.
