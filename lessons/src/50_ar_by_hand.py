@@ -7,10 +7,10 @@
 #
 # 1. In A one weight is far above 1; in B both are well below. Which of the two runs away?
 # 2. You see 300 values of A and want to find 1.8 and -0.9. You do not know that there are two weights, and allow 40. What is lost?
-# 3. A forecast of A two weeks ahead: is its error two weeks large, or does it stop growing somewhere?
+# 3. A forecast of A 60 steps ahead: does its error still grow at step 60, or has it stopped somewhere?
 #
 # All the rest of the course predicts the next thing from the things before. Here the model is one line, so every question about it has an exact
-# answer: what it remembers, whether a roll-out explodes, how wrong step 48 will be. You compute all of it by hand.
+# answer: what it remembers, whether a roll-out explodes, how wrong step 60 will be. You compute all of it by hand.
 
 # %%
 import sys
@@ -86,8 +86,8 @@ print(f"a radius of 1.01 for 720 steps: {1.01 ** 720:,.0f}; of 1.0005: {1.0005 *
 
 # %% [markdown]
 # A's radius is $\sqrt{0.9}=0.9487$ (for a complex pair, $-a_2$ is the product of the two roots), and it turns once in 19.5 steps: the wave in
-# the picture. B's is 1.07. Least squares does not look at this number at all; a fit whose one-step errors are perfect may have a radius of
-# 1.01, and 720 steps ahead that is a factor of 1,292. So `nano_ts.stabilise` shrinks a fit until it is at most 1.0005.
+# the picture. B's is 1.07. Least squares does not look at the radius: a fit with small one-step errors may have one of 1.01, and 720 steps
+# ahead that is a factor of 1,292. So `nano_ts.stabilise` shrinks the weights of a fit whose radius is above 1.0005.
 #
 # ## From data to weights: Yule and Walker
 #
@@ -118,8 +118,8 @@ def autocovariance(x, order):
 check.check_autocovariance(autocovariance)
 
 # %% [markdown]
-# For a sum of T - k terms it looks more honest to divide by T - k. Try both divisors on 200 short pieces of A, with 20 lags. (`lag_products`
-# and `toeplitz` are ours, so that this cell runs before you have written yours; the equations are solved as they stand.)
+# For a sum of T - k terms it looks more honest to divide by T - k. Try both on 200 pieces of A, 60 values each, 20 lags. (`lag_products`
+# and `toeplitz` are ours, so that this cell runs before you have written yours.)
 
 # %%
 # sums of x_t x_{t-k}, by FFT: padded with zeros, or the end of the series would meet its start
@@ -145,13 +145,14 @@ for name, sizes in radii.items():
     print(f"divided by {name:5}: radius {sizes.min():.3f} to {sizes.max():.3f}, above 1 in {(sizes > 1).double().mean():.0%} of the pieces")
 
 # %% [markdown]
-# Divided by T the fit is stable, always: only then is the Toeplitz matrix of the $r_{|i-j|}$ positive definite, as the covariance of anything
-# must be. Divided by T - k each number is nearly unbiased, but together they may be the covariances of nothing, and six fits in ten explode.
+# Divided by T the $r_k$ are the autocovariances of something, namely of the piece with zeros before and behind it. So the matrix of the
+# $r_{|i-j|}$ is positive definite and the fit is stable, always. Divided by T - k each number is nearly unbiased, but together they may be
+# the autocovariances of nothing: six fits in ten explode.
 #
 # ## Levinson and Durbin: one more lag at a time
 #
-# A general solver needs about $p^3/3$ multiplications. But the matrix has the same number along each diagonal, and so the solution for k + 1
-# lags follows from the one for k. Let $a_1\dots a_k$ be known, with error variance $v$ (at first $v=r_0$, no lags). What lag k + 1 can still
+# A general solver needs about $p^3/3$ multiplications. But the matrix has the same number along each diagonal (a **Toeplitz** matrix), and so
+# the solution for k + 1 lags follows from the one for k. Let $a_1\dots a_k$ be known, with error variance $v$ (at first $v=r_0$, no lags). What lag k + 1 can still
 # explain is the **reflection**
 #
 # $$g=\frac{r_{k+1}-\sum_{j=1}^{k}a_j\,r_{k+1-j}}{v},\qquad a_j\leftarrow a_j-g\,a_{k+1-j},\qquad a_{k+1}=g,\qquad v\leftarrow v\,(1-g^2).$$
@@ -163,7 +164,7 @@ for name, sizes in radii.items():
 # **Exercise 3.** `levinson(r)`: (p + 1,) -> the weights (p,), and the error variances of orders 0 to p, (p + 1,). For the r above: (0.5, 0) and
 # (1, 0.75, 0.75).
 #
-# *Hint:* `flip(0)` reads backwards. `a -= g * a.flip(0)` in place is dangerous: why?
+# *Hint:* `flip(0)` reads backwards, and makes a copy. In a loop over j that overwrites $a_j$ one after the other, what would go wrong?
 
 # %%
 def levinson(r):
@@ -182,8 +183,8 @@ def levinson(r):
 check.check_levinson(levinson)
 
 # %% [markdown]
-# The error variances at orders 1, 2, 3 ... answer the second question. Below: what Yule-Walker believes from its 300 values, the error of least
-# squares on the 300 values it was fitted to, and the errors of both on 40 fresh series of the same kind.
+# The second question: error variances at 1, 2, 3 ... 40 lags. Below: the one that Yule-Walker believes, $v$ from its 300 values; that of least
+# squares on the 300 values it was fitted to; and those of both on 40 fresh series of the same kind.
 
 # %%
 x, fresh = simulate(A, 300, seed=3), simulate(A, 300, seed=4, columns=40)
@@ -212,11 +213,12 @@ axes[1].set(xlabel="lag", title="autocorrelation of A, 300 values")
 plt.show()
 
 # %% [markdown]
-# All curves fall until two lags and no further: that is how one sees the order. (One lag is a disaster although the autocorrelation at lag 1 is
-# near 1: the second makes A turn.) Each further weight is noise around 0. On its own data least squares gets better and better, 0.78 with 40
-# lags, less than the noise; on fresh data it gets worse, 1.08. So what is lost is a tenth, and the data of the fit will never show it.
+# On fresh data both errors fall until two lags and no further: that is how one sees the order. (One lag is a disaster although the
+# autocorrelation at lag 1 is near 1: the second makes A turn.) Each further weight is noise around 0. On its own data least squares gets
+# better and better, 0.78 with 40 lags, less than the noise; on fresh data it gets worse, from 0.98 to 1.08. So what is lost is a tenth, and
+# the data of the fit do not show it.
 #
-# Yule-Walker shows another fault: it believes 1.86. We come back to that.
+# At two lags Yule-Walker believes 1.86 where 1 is true. We come back to that.
 #
 # ## How wrong is step h? Psi weights
 #
@@ -245,8 +247,8 @@ def psi(weights, horizon):
 check.check_psi(psi)
 
 # %% [markdown]
-# The check compared with powers of the companion matrix. Here is the spread itself, against 4,000 simulated futures after the same past; the
-# script's `LagModel.matrix` rolls out the unit history, which is the echo without its first 1.
+# The spread from psi, against 4,000 simulated futures after the same past. The script's `LagModel.matrix` rolls out the unit history, which
+# is the echo without its first 1.
 
 # %%
 law = nano_ts.LagModel([1, 2], [[1.8], [-0.9]], 2, centre=False)
@@ -323,7 +325,7 @@ top = density[12:].argmax() + 12
 print(f"highest peak beyond slow waves at {f[top]:.4f} cycles an hour, that is every {1 / f[top]:.1f} hours; radius {truth.radius():.4f}")
 
 # %% [markdown]
-# A daily pattern is not one wave but all of 1/24, 2/24, 3/24 ...: five weights make it.
+# A daily pattern is not one wave but all of 1/24, 2/24, 3/24 ...; the small peaks between them belong to the week. Five weights make them all.
 #
 # ## Few of many lags: AR-Net
 #
@@ -380,9 +382,8 @@ for axis, (name, weights) in zip(axes, found.items()):
 plt.show()
 
 # %% [markdown]
-# The penalty does what the paper says: the idle lags fall silent, and the score is far better than that of plain least squares. But two least
-# squares in a row, without any training, are better still. What the net keeps is its price in a case that has no closed form: more layers,
-# other losses, more inputs.
+# The penalty does what the paper says: 6 weights in place of 22 are above 0.01, and the score is half that of plain least squares. But two
+# least squares in a row, without any training, reach 1.8 %. A net earns its price where there is no closed form: more layers, other losses.
 #
 # ## The same matrix in a network: companion state spaces
 #
@@ -394,7 +395,7 @@ plt.show()
 # loop" is the roll-out of this lesson.
 #
 # For training the loop over t is too slow. Written out, $y_t=\sum_{j=0}^{t}F_j\,u_{t-j}$ with $F_j=c^\top M^j b$: a convolution, and the FFT
-# does it for all t at once.
+# does it for all t at once. (The $F_j$ come from a loop here; the paper finds them by FFT, too.)
 #
 # **Exercise 6.** `convolve(M, b, c, u)`: (p, p), (p,), (p,), inputs (T,) -> outputs (T,), the state before $u_0$ being 0. First the T numbers
 # $F_j$, then `torch.fft.rfft` and `irfft`. For $M=0.5$, $b=c=1$ and u = 1, 0, 2: 1, 0.5, 2.25.
@@ -453,12 +454,11 @@ with put(nano_ts, "fit_lags", by_yule_walker):
     band("MSE with your Yule-Walker", error_48("ar"), 0.33, 0.36)
 
 # %% [markdown]
-# The truth knows the five weights, and no model can do better on average; 336 fitted weights, 331 of which should be 0, lose a few percent.
+# The truth knows the five weights, and no model can do better on average; 336 fitted weights, 331 of which should be 0, lose 2 or 3 %.
 #
 # ## What did not work
 #
-# Dividing by T - k was one thing. Dividing by T has its price too: it pulls $r_k$ towards 0, the more the larger k is beside T. Short pieces of
-# A, two lags, the mean of the fits:
+# Dividing by T has its price: it pulls $r_k$ towards 0, the more the larger k is beside T. Pieces of A, two lags, the mean of 100 fits:
 
 # %%
 for rows in (60, 300):
@@ -472,14 +472,14 @@ for rows in (60, 300):
 
 # %% [markdown]
 # Near the unit circle a small error in $r_k$ is a large error in the weights: with $r_0=7.16^2\approx51$ a pull of one part in 300 is 0.17, and
-# the noise has variance 1. That is where the 1.86 came from. Least squares drops the first p rows and makes no assumption about what lies
-# beyond the ends; its weights are nearly right already at 60 values, and its price is that nothing keeps the radius below 1. That is why the
-# script fits by least squares and then looks at the radius.
+# the noise has variance 1. That is where the 1.86 came from. Least squares drops the first p rows and assumes nothing about what lies
+# beyond the ends; its weights are nearly right already at 60 values, but nothing keeps the radius below 1. So the script fits by least
+# squares, then looks at the radius.
 #
 # ## Where to read on
 #
-# * `nano_ts.py`: `LagModel`, `fit_lags`, `stabilise`, `ARNet`. Lesson 51 asks what transformers add to this; lesson 52 makes intervals.
+# * `nano_ts.py`: `LagModel`, `fit_lags`, `stabilise`, `ARNet`.
 # * Box and Jenkins, *Time Series Analysis*, 1970: psi weights, seasonal products. Brockwell and Davis, *Time Series: Theory and Methods*,
 #   sections 3.3, 5.2 and 8.1-8.2.
-# * Levinson 1946; Durbin 1960. In speech coding the reflections are what is transmitted, because $|g|<1$ is easy to guarantee.
+# * Levinson 1946; Durbin 1960. Speech codecs transmit the reflections, because $|g|<1$ is easy to guarantee.
 # * AR-Net: arXiv:1911.12436, code `ourownstory/AR-Net`. SpaceTime: arXiv:2303.09489, code `HazyResearch/spacetime`.
