@@ -36,7 +36,7 @@ judge = nano_ar.train_judge(data.train_images, data.train_labels, 10, torch.devi
 #
 # $$p(x)=\prod_{t=1}^{L} p\left(x_{\sigma_t}\mid x_{\sigma_1},\dots,x_{\sigma_{t-1}}\right)$$
 #
-# holds exactly, as it does for raster. One may also cut the order into **groups** and draw a whole group at once, each token of it from a law of its
+# holds, as it does for raster. One may also cut the order into **groups** and draw a whole group at once, each token of it from a law of its
 # own. That makes as many calls as there are groups, and is exact only if the tokens of a group do not depend on each other once
 # the groups before are known. NAR (He et al. 2025, arXiv:2503.10696) takes the anti-diagonals: cells of equal row + column. On a 2 x 3 grid with the
 # cells 0 1 2 / 3 4 5, that is 0, then 1 and 3, then 2 and 4, then 5.
