@@ -6,11 +6,11 @@
 # 1. A picture is cut into 64 tokens, each one of 64 kinds. A model reads the tokens from left to right and gives every token of a real picture the
 #    probability 1/2. What is the probability of the whole picture, and is such a model good or bad?
 # 2. Draw a picture by taking the most probable token, 64 times. Do you get the most probable picture?
-# 3. A table counts which token follows which *two* tokens; it predicts better than one that looks at a single token. Three tokens back, four,
-#    five: where does it end?
+# 3. A table counts which token follows which; on new pictures it predicts far better than one that only counts tokens. Look two tokens back,
+#    three, four: where does it end?
 #
-# All of this course rests on one line, the chain rule of probability. This lesson takes it from a table of counts to a small GPT, measures
-# every model in the same unit, draws pictures from them, and ends with a map of what the other lessons do.
+# All of this course rests on one line, the chain rule of probability. This lesson takes it from a table of counts to a small GPT, and ends with a map of the
+# other lessons.
 
 # %%
 import sys
@@ -22,7 +22,7 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## A picture as a sequence
 #
-# Text comes in symbols; a picture must be cut into some. The simplest way that works: cut 32 x 32 pixels into 8 x 8 patches, find the 64 most typical
+# Text comes in symbols; a picture must be cut into some. The simplest way: cut 32 x 32 pixels into 8 x 8 patches, find the 64 most typical
 # patches (k-means; lesson 11 does better), and write down for each patch the number of the typical one nearest to it. Row by row, that is a
 # sequence of 64 integers below V = 64: the **tokens**. The data are digits from fonts, 4,000 to learn from and 1,000 to be examined on.
 
@@ -67,9 +67,8 @@ print(f"pictures that 64 tokens of 64 kinds can write: 10^{64 * math.log10(64):.
 # model is one function that answers all these questions, "what comes next, after this?". Each answer is only V numbers that sum to 1, and then
 # the whole sums to 1 over all $64^{64}$ pictures without anybody adding them up.
 #
-# Products of 64 small numbers leave the range of a float, so one adds logarithms instead. $-\log p(x)$ in natural logarithms is the **likelihood in
-# nats**: small is good. It is the only score that a model cannot be talked out of, because probability given to one picture is taken from
-# another.
+# Products of 64 small numbers leave the range of a float, so one adds logarithms instead. $-\log p(x)$ in natural logarithms is the **negative
+# log-likelihood**, in **nats**: small is good. No model can flatter itself by it: probability given to one picture is taken from another.
 #
 # The approximation comes with the model. The crudest with any memory is the **bigram**: it forgets all but the last token.
 #
@@ -98,8 +97,9 @@ check.check_sequence_nats(sequence_nats)
 # **relative frequencies**: of the times that a was seen, how often did b follow? A pair never seen would get the probability 0, and a single such
 # pair in a new picture makes $-\log p$ infinite. So a little is added to every count.
 #
-# **Exercise 2.** `count_bigram(tokens, V, add)`: tokens (N, L) -> `first` (V,) and `then` (V, V): the frequencies of the first token, and of b after a, with
-# `add` added to every count before dividing. With V = 2, add = 1 and the one sequence 0, 0, 0, 1: first = (2/3, 1/3), then = ((3/5, 2/5), (1/2, 1/2)).
+# **Exercise 2.** `count_bigram(tokens, V, add)`: tokens (N, L) -> `first` (V,) and `then` (V, V): the frequencies of the first token, and of b after
+# a, with `add` added to every count before dividing. With V = 2, add = 1 and the one sequence 0, 0, 0, 1: first = (2/3, 1/3), then = ((3/5, 2/5),
+# (1/2, 1/2)).
 #
 # *Hint:* `counts[a, b] += 1` with tensors a and b adds 1 *once* to a pair that occurs twice. Look up `torch.bincount` or `index_put_`.
 
@@ -147,16 +147,18 @@ for n, (train, test) in nats.items():
     print(f"looks {n - 1} tokens back: {tables[n].numel():10,} numbers, {train:6.1f} nats on its own pictures, {test:6.1f} on new ones")
 
 # %% [markdown]
-# On the pictures it has counted, a longer memory is always better; on new ones it is soon worse. The table has one row for each possible
-# past, and with three tokens back most rows have been seen never or once. Counting does not know that two pasts are *similar*.
-# (Shannon drew English from such tables in 1948, with paper and a book, and stopped at pairs of words: too much work beyond.)
+# The third answer: on the pictures that it has counted, a longer memory is always better; on new ones two tokens back gain nothing, and three lose. The table
+# has one row for each possible past: 274,625 rows three tokens back, for the 256,000 tokens of 4,000 pictures. Where a new picture meets a row never seen, the
+# table guesses: $\log 64=4.16$ nats. Counting does not know that pasts are *similar*. (Shannon drew English from such tables in 1948, by hand, and stopped at
+# pairs of words.)
 #
 # ## A network instead of a table
 #
-# A GPT reads the whole past, however long, and turns it into V numbers (logits; softmax makes them probabilities). Similar pasts give
-# similar numbers, so it need not have seen a past to judge it. It is trained on exactly the quantity above: $-\log p$ of the next token, averaged. One
-# call gives all 64 predictions of a picture, since a mask hides from each place what comes after it. This one also reads the
-# class, the digit to be drawn, in front of the first token. It is the script's own, smaller than its default.
+# A GPT reads the whole past, however long, and turns it into V numbers (logits; softmax makes them probabilities). Similar pasts give similar numbers, so it
+# need not have seen a past to judge it. It is trained on exactly the quantity above: $-\log p$ of the next token, averaged. One call gives all 64 predictions
+# of a picture, since a mask hides from each place what comes after it. This one also reads the class, the digit to be drawn, in front of the first token. It is
+# the script's own, made smaller. (Below, `train` is a mean since the line before, with a tenth of the classes hidden; `test`, measured at the step, may well be
+# smaller.)
 
 # %%
 torch.manual_seed(0)
@@ -164,7 +166,7 @@ model = nano_ar.GPT(V, 10, 8, 8, config.dim, config.depth, config.dim // 32)
 history = nano_ar.train(config, model, data)
 
 # %% [markdown]
-# Nats per picture are one of four ways to write the same number. A **bit** is $\log 2$ nats: 1 nat is 1.443 bits. Divided by the tokens it
+# Nats per picture are one of four ways to say the same. A **bit** is $\log 2$ nats: 1 nat is 1.443 bits. Divided by the tokens it
 # can be compared with $\log_2 V$ = 6 bits, the cost of guessing. And $2^{\text{bits per token}}$, the **perplexity**, says among how many
 # equally likely tokens the model hesitates on average.
 #
@@ -193,17 +195,17 @@ for name, (numbers, n) in rows.items():
     print(f"{name:33}{numbers:11,}{n:8.1f}{n / 64 / math.log(2):12.2f}{math.exp(n / 64):12.2f}")
 
 # %% [markdown]
-# So the first answer: a half for each of 64 tokens is $2^{-64}$ for the picture, 44.4 nats, an absurdly small number and a good model: guessing gives $2^{-384}$.
-# Read the column perplexity: guessing hesitates among 64 tokens, the GPT between about two. The table that knows class and cell but none of the
-# neighbours tells how much of the gain comes from mere place; the rest is what tokens say about each other.
+# So the first answer: a half for each of 64 tokens is $2^{-64}$ for the picture, 44.4 nats, an absurdly small number and a good model: guessing gives
+# $2^{-384}$. Read the column perplexity: guessing hesitates among 64 tokens, the GPT between about two. The GPT also knows class and cell; a table of just
+# these two, without any neighbour, is at 76.3 nats. From there to 42.4 it is what tokens say about each other.
 #
 # ## Drawing
 #
-# A model that answers "what comes next?" can draw: take $x_1$ at random from $p(x_1)$, then $x_2$ from $p(x_2\mid x_1)$ with the $x_1$ you got, and so on. By the chain
-# rule the picture then has exactly the probability $p(x)$. This is **ancestral sampling**.
+# A model that answers "what comes next?" can draw: take $x_1$ at random from $p(x_1)$, then $x_2$ from $p(x_2\mid x_1)$ with the $x_1$ you got, and
+# so on. By the chain rule the picture then has exactly the probability $p(x)$. This is **ancestral sampling**.
 #
-# **Exercise 4.** `draw(first, then, N, L, rng)`: N sequences of L tokens from a bigram -> (N, L) integers. Use `torch.multinomial(p, 1, generator=rng)`, which
-# draws one column from each row of p.
+# **Exercise 4.** `draw(first, then, N, L, rng)`: N sequences of L tokens from a bigram -> (N, L) integers. Use `torch.multinomial(p, 1,
+# generator=rng)`, which draws one column from each row of p.
 
 # %%
 def draw(first, then, N, L, rng):
@@ -246,13 +248,12 @@ pictures = [(f"{n - 1} back", data.decode(draw_ngram(n, 10))) for n in (1, 2, 3,
 show(pictures + [("GPT", data.decode(gpt)), ("real", data.decode(torch.stack([data.test_tokens[data.test_labels == c][0] for c in labels])))])
 
 # %% [markdown]
-# One and two tokens back know a bit of stroke. Three back soon meet a past that they have never seen, where all tokens are equally likely, and what
-# they draw then is again such a past: errors feed on errors. Only the GPT, asked for 0 to 9, knows what a digit is: a stroke goes on
-# in the row below, eight tokens later, and no table reaches that far.
+# Three tokens back soon meet a past that they have never seen, where all tokens are equally likely, and so it goes on:
+# errors feed on errors. Only the GPT, asked for 0 to 9, draws digits: a stroke goes on in the row below, eight tokens later, and no table reaches that far.
 #
 # ## Bending the law
 #
-# After training, people often do not draw from the model's law but from a sharper one:
+# Often one draws not from the model's law but from a sharper one:
 #
 # * **temperature** T divides the logits: $p_i^{1/T}$, up to a constant. T < 1 sharpens, T = 0 takes the most probable token always;
 # * **top-k** keeps the k most probable tokens (Fan et al. 2018, arXiv:1805.04833);
@@ -262,8 +263,8 @@ show(pictures + [("GPT", data.decode(gpt)), ("real", data.decode(torch.stack([da
 # What is kept is divided by its sum. The order matters: temperature, then top-k, then top-p on what remains.
 #
 # **Exercise 5.** `sharpen(logits, temperature, top_k, top_p)`: logits (V,) -> probabilities (V,). `top_k=0` and `top_p=1` switch off. With
-# $p=(0.4,0.3,0.2,0.1)$: T = 1/2 squares them, $(16,9,4,1)/30$. Top-k 2 and top-p 0.5 both give $(4/7,3/7,0,0)$. Together, top-k 3 and top-p 0.5:
-# the three are first scaled to $(4/9,3/9,2/9)$; $4/9<0.5$, so the second is needed, too.
+# $p=(0.4,0.3,0.2,0.1)$: T = 1/2 squares them, $(16,9,4,1)/30$. Top-k 2 and top-p 0.5 both give $(4/7,3/7,0,0)$. Together, top-k 3 and top-p 0.42: the
+# three are first scaled to $(4/9,3/9,2/9)$, and since $4/9>0.42$ one token is left; top-p first would leave two.
 #
 # *Hint:* sort; a token is kept if the tokens *before* it hold less than top_p.
 
@@ -286,8 +287,8 @@ def sharpen(logits, temperature=1.0, top_k=0, top_p=1.0):
 check.check_sharpen(sharpen)
 
 # %% [markdown]
-# What does it do to pictures? A small classifier, trained on the real digits, looks at 500 samples: is the digit that was asked for seen (accuracy), do
-# the samples of a class differ as much as real ones do (diversity, real = 1), and how far is the whole set from real digits (gFD, a distance;
+# What does it do to pictures? A small classifier, trained on the real digits, looks at 500 samples: is the digit that was asked for seen (accuracy),
+# do the samples of a class differ as much as real ones do (diversity, real = 1), and how far is the whole set from real digits (gFD, a distance;
 # small is good)? Nats are the model's own, at T = 1.
 
 # %%
@@ -307,13 +308,13 @@ print(f"{'real, as tokens':17}{sum(each) / N:7.1f}{'':11}{alone['class_accuracy'
 print(f"the most probable of these {N} real pictures has {min(each):.1f} nats")
 
 # %% [markdown]
-# Every cut makes digits that are recognised more often. But the distance does not follow: top-k 8, which only removes what is rare, leaves it where
-# it was; temperature and top-p, which also push down what is merely less common, raise it by more than a half, as variety goes. "Better
-# looking" and "nearer to the data" are two things. (One small model, 500 samples; lesson 21 chooses these numbers with care, on pictures held back.)
+# All but the last, T = 0, make digits that are recognised more often. But the distance does not follow: top-k 8 leaves it where it was; T = 0.8 and
+# top-p 0.9, which take more of the nats away, raise it by more than a half, and variety goes. "Better looking" and "nearer to the data" are two
+# things. (One small model, 500 samples; lesson 21 chooses with more care.)
 #
-# At T = 0 there are ten pictures, one a class, and on average they are more probable than the most probable of 500 real ones. They are
-# typical of nothing: throw a coin that shows heads six times in ten, and the most probable sequence of 64 throws is 64 heads, which you will
-# never see. **Real pictures are not the most probable ones.**
+# At T = 0 there are ten pictures, one a class, and on average they are more probable than the most probable of 500 real ones (17.7 nats, 20.8). That is not
+# typical: throw a coin that shows heads six times in ten, and the most probable sequence of 64 throws is 64 heads, which you will never see. **Real pictures
+# are not the most probable ones.**
 #
 # And is the picture at T = 0 at least the most probable one? Two tokens suffice to see:
 
@@ -323,8 +324,8 @@ joint = first[:, None] * then
 print("p of the sequences 00 01 10 11:", [round(p, 2) for p in joint.flatten().tolist()], " sum", round(joint.sum().item(), 6))
 
 # %% [markdown]
-# The most probable first token is 0, and the most probable sequence begins with 1. So the second answer is no. To find the best sequence one must look
-# ahead (beam search, lesson 33), and after the table above you may not want it.
+# The most probable first token is 0, and the most probable sequence begins with 1. So the second answer is: not in general. To find the best sequence
+# one must look ahead (beam search); after the table above you may not want it.
 #
 # ## In the script's place
 #
@@ -348,7 +349,7 @@ def loss_of(model, tokens, labels):
 check.check_loss_of(loss_of)
 
 # %% [markdown]
-# With your loss in the place of the script's own, 100 steps lead the same network well below every table above:
+# With your loss, 100 steps lead the same network well below every table above:
 
 # %%
 config.steps = steps(100)
@@ -360,7 +361,7 @@ with put(nano_ar, "loss_of", loss_of):
 # %% [markdown]
 # ## What did not work: comparing models of different tokens
 #
-# Fewer kinds of token make lower nats, at once and without any model:
+# Fewer kinds of token make lower nats at once, with the same simple table (dB: how near the pictures are, more is better; lesson 13):
 
 # %%
 for size in (16, 64, 256):
@@ -372,14 +373,14 @@ for size in (16, 64, 256):
     print(f"{size:4} kinds: {nano_ar.unigram_nats(first):6.1f} nats (each cell and class counted), the tokens keep {kept:.1f} dB of the picture")
 
 # %% [markdown]
-# The model of 16 kinds is not better; its tokens say less. Nats compare models of *the same tokens*. Across tokenizers only the pictures can be compared,
-# or the bits that restore every pixel (lesson 23).
+# The model of 16 kinds is not better; its tokens say less. Nats compare models of *the same tokens*. Across tokenizers only the pictures can be
+# compared, or the bits that restore every pixel (lesson 23).
 #
 # ## The map
 #
-# What is a token, and in which order are they drawn? The survey *Autoregressive Models in Vision* (Xiong et al. 2024, arXiv:2411.05902) sorts the field by this.
-# The chain rule allows every answer; also groups of tokens at once, if the tokens of a group are independent given the past. The colour
-# says when a place is drawn.
+# What is a token, and in which order are they drawn? The survey *Autoregressive Models in Vision* (Xiong et al. 2024, arXiv:2411.05902) sorts the
+# field by this. The chain rule allows every answer; also groups of tokens at once, if the tokens of a group are independent given the past. The
+# colour says when a place is drawn, dark first.
 
 # %%
 pixels, tokens = torch.arange(32 * 32).view(32, 32), torch.arange(64).view(8, 8)
@@ -394,13 +395,13 @@ plt.show()
 
 # %% [markdown]
 # * **Pixels.** PixelRNN and PixelCNN (arXiv:1601.06759), Image GPT. Exact for the picture itself, 1,024 calls here. Lesson 23.
-# * **Tokens.** A tokenizer first, then a language model: VQGAN (arXiv:2012.09841), LlamaGen (arXiv:2406.06525). `nano_tok.py`, `nano_ar.py`; lessons 10 to
-#   22. Which order, and how many tokens a call, is lesson 20.
+# * **Tokens.** A tokenizer first, then a language model: VQGAN (arXiv:2012.09841), LlamaGen (arXiv:2406.06525). `nano_tok.py`, `nano_ar.py`; lessons
+#   10 to 22. Which order, and how many tokens a call, is lesson 20.
 # * **Scales.** The whole picture, coarse first; one call a scale: VAR (arXiv:2404.02905). `nano_var.py`, lessons 30 to 33.
 # * **Faster without changing the law.** Draft several tokens, check them in one call: `nano_spec.py`, lessons 40 to 43.
 # * **Numbers instead of tokens.** A time series is predicted from its own past, and the word autoregressive comes from there: `nano_ts.py`,
 #   lessons 50 to 53.
-# * **The machine room.** Attention and sampling on a GPU: `kernels.py`, lessons 60 and 61.
+# * **The machine room.** Attention and sampling on a GPU: `kernels.py`, lessons 60 and 61; several devices, lesson 70.
 #
-# **Read on.** Shannon, *A Mathematical Theory of Communication* (1948), sections 2 and 3: n-grams by hand. Bengio et al., *A Neural Probabilistic Language Model*
-# (2003): a network instead of the table, and why. Then `nano_ar.py`, from the top: its first docstring is this lesson in thirty lines.
+# **Read on.** Shannon, *A Mathematical Theory of Communication* (1948), sections 2 and 3: n-grams by hand. Bengio et al., *A Neural Probabilistic
+# Language Model* (2003): a network instead of the table, and why. Then `nano_ar.py`, from the top.
