@@ -22,9 +22,9 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## Byte pair encoding by hand
 #
-# Start with the 256 bytes as tokens. Then, again and again: count all neighbouring pairs of tokens, and make the most frequent pair a new token
-# (Sennrich et al. 2016, arXiv:1508.07909). In `aaabdaaabac` the pair `aa` occurs four times, if overlaps count: it becomes token 256. Now the text
-# reads `256 a b d 256 a b a c`, and of the pairs `ab` and `256 a`, two each, the smaller wins: `ab`, (97, 98), becomes 257.
+# Start with the 256 bytes as tokens. Then, again and again: count all neighbouring pairs of tokens, and make the most frequent pair a new token (Sennrich et
+# al. 2016, arXiv:1508.07909; there the start is characters). In `aaabdaaabac` the pair `aa` occurs four times, if overlaps count: it becomes token 256. Now the
+# text reads `256 a b d 256 a b a c`, and of the pairs `ab` and `256 a`, two each, the smaller wins: `ab`, (97, 98), becomes 257.
 #
 # One rule comes before: the text is cut into **chunks** (`nano_tok.CHUNKS`: a word with the space before it, a number, signs, white space), and no
 # pair crosses the border between two.
@@ -61,7 +61,7 @@ print(" | ".join(bpe.bytes[t].decode() for t in bpe.encode(sentence)))
 # %% [markdown]
 # ## Fast: count only what changes
 #
-# `learn` looks at the whole text for every merge. Two remarks make it a hundred times cheaper. A word that occurs 4,000 times needs to be merged
+# `learn` looks at the whole text for every merge. Two observations make it a hundred times cheaper. A word that occurs 4,000 times needs to be merged
 # once, with **weight** 4,000. And a merge changes the counts of the few chunks that hold the pair, of no others; a dictionary `pair -> chunks` finds
 # them.
 #
@@ -165,16 +165,17 @@ figure.legend(fontsize=8, loc="outside right")
 plt.show()
 
 # %% [markdown]
-# Without a single merge (256) the premium is that of UTF-8: Cyrillic and Greek letters have two bytes, Indian ones three; Chinese has three bytes a
-# sign, but few signs. And then the merges come, English gets shorter with each, and the others stay where they were: with 4,096 entries Hindi pays
-# 5.75 times as much as English, Russian 3.88, German, whose letters are the same, 1.48. Not one merge of the 3,840 is of use for Russian, Greek,
-# Hindi or Chinese: one byte, one token. (Chinese has no spaces: "a word" says nothing there. Compare tokens.)
+# Without a single merge (256) the premium is that of UTF-8: Cyrillic and Greek letters have two bytes, Indian ones three; Chinese has three bytes a sign, but
+# few signs. And then the merges come, English gets shorter with each, and what has other letters stays where it was: with 4,096 entries Hindi pays 5.75 times
+# as much as English, Russian 3.88, German, whose letters are nearly the same, 1.48. Not one merge of the 3,840 is of use for Russian, Greek, Hindi or Chinese:
+# one byte, one token. (Chinese has no spaces: "a word" says nothing there. Compare tokens.)
 #
-# (Some entries nobody uses: 323 merges, such as `lass`, were only steps on the way to longer ones.)
+# (323 merges, such as `lass`, occur nowhere, not even in the training text: they were only steps on the way to longer ones.)
 #
-# A larger vocabulary is no cure; it makes the gap wider. Petrov et al. 2023 (arXiv:2305.15425) found factors up to 15 in vocabularies that were in
-# use. What is the cure? More of the language in the training text of the *tokenizer*. How much would it take? Guess, before you run the next cell:
-# only the first two sentences of each paragraph are added, repeated so that they have weight, and the premium is measured on the other two.
+# A larger vocabulary is no cure: from 512 to 4,096 entries every gap but that of Spanish grows. Petrov et al. 2023 (arXiv:2305.15425) found factors up to 15 in
+# vocabularies that were in use. What is the cure? More of the language in the training text of the *tokenizer*. How much would it take? Guess, before you run
+# the next cell: only the first two sentences of each paragraph are added, repeated a thousand times, until they outweigh the topics, and the premium is
+# measured on the other two.
 
 # %%
 first, second = {}, {}
@@ -188,14 +189,13 @@ for name, data in (("topics alone", topics), ("and two sentences", twice)):
     print(f"{name:18} tokens of the other two: {n}\n{'':18} premium of Hindi {n['Hindi'] / n['English']:.2f}")
 
 # %% [markdown]
-# Two sentences! Hindi's premium falls from 5.15 to 1.65 on sentences that were never seen, and English pays five tokens for it (60 to 65). What every
-# text of a language uses, the bytes of its letters and its frequent endings, is learned from a few lines. Fairness does not need much text. It needs
-# *weight*.
+# Two sentences! Hindi's premium falls from 5.15 to 1.65 on sentences that were never seen (of the same story, to be sure), and English pays five tokens for it
+# (60 to 65). What every text of a language uses, the bytes of its letters and its frequent endings, is learned from a few lines. It does not take much text. It
+# takes *weight*.
 #
 # ## Merges across spaces
 #
-# Chunks keep every merge inside a word. Languages with long words gain by that rule, languages with many short ones lose: " of the" may never be one
-# token. What if a chunk is a whole line?
+# Chunks keep every merge inside a word: " of the" can never be one token. What if a chunk is a whole line?
 
 # %%
 cut, most = len(topics) * 9 // 10, steps(2048, few=280)
@@ -354,7 +354,7 @@ for text in (b"BA", b"BAA", b"ABBAAA"):
     print(f"after {text.decode():6} A: {exact:.12f} over all covers; the letters say {check.letters(text + b'A') / check.letters(text):.12f}")
 
 # %% [markdown]
-# On real text the same thing happens at the end of *every* prompt that stops inside a word. Here a model of tokens that has only counted which token
+# On real text the same thing happens when a prompt stops inside a word. Here a model of tokens that has only counted which token
 # follows which, on the help topics.
 
 # %%
@@ -405,10 +405,9 @@ plt.show()
 #
 # ## In the script's place
 #
-# `nano_tok.BPE.encode_chunk` looks through the whole chunk for the oldest merge, applies it, and starts again. For words of ten letters nothing is
-# better. If a chunk is a whole text (merges across spaces, a language without spaces, DNA), the work grows with length times merges. Cure: a **heap**
-# of all places where a merge fits, oldest merge first, and a **linked list** in place of the list, so that a merge changes three neighbours and moves
-# nothing.
+# `nano_tok.BPE.encode_chunk` looks through the whole chunk for the oldest merge, applies it, and starts again. For words of ten letters that will do. If a
+# chunk is a whole text (merges across spaces, a language without spaces, DNA), the work grows with length times merges. Cure: a **heap** of all places where a
+# merge fits, oldest merge first, and a **linked list** in place of the list, so that a merge changes three neighbours and moves nothing.
 #
 # **Exercise 6.** `encode_chunk(bpe, chunk)`: bytes -> tokens as the script's own. `bpe.rank` is `{pair: number of the merge}`. Among equal merges the
 # leftmost first. The frame is given: `ids[i]` is the token that begins at place i, or None if i was merged into the token before; `after[i]` and
@@ -467,13 +466,13 @@ with put(nano_tok, "CHUNKS", rb"(?s:.+)"):
 #   come first, phrases pay when the words are used up. Liu et al. 2025 (SuperBPE, arXiv:2503.13423) begin to cross spaces late, when most of 200,000
 #   entries have gone to words.
 # * The shares are read off to a hundredth in two cases of three; in the third code got 0.85 for 0.90. And sample and secret text are shuffled lines
-#   of the same sources. Take the `shuffle` away, so that the sample is *other* topics and modules, and the error grows several times.
-# * `all_covers` visits every way to cut the prompt, and their number doubles with each byte. It is enough to start it a few tokens before the end of
-#   the prompt, at a border that no merge crosses, such as the beginning of the last chunk.
+#   of the same sources. Take the `shuffle` away, so that the sample is *other* topics and modules: what remains of the answer?
+# * `all_covers` visits every way to cut the prompt into tokens, and their number may double with each byte. It is enough to start it a few tokens before the
+#   end of the prompt, at a border that no merge crosses, such as the beginning of the last chunk.
 #
 # The answers: 1.36 (German), 3.27 (Russian), 4.85 (Hindi) with 1,024 entries; 0.0; yes, to some hundredths, if you have samples.
 #
-# Read: `nano_tok.train_bpe`, 40 lines that use both remarks of exercise 2; Sennrich et al. 2016, arXiv:1508.07909; Petrov et al. 2023,
+# Read: `nano_tok.train_bpe`, which uses both observations of exercise 2; Sennrich et al. 2016, arXiv:1508.07909; Petrov et al. 2023,
 # arXiv:2305.15425 (premiums); Hayase et al. 2024, arXiv:2407.16607 (mixtures; their LP has a slack for each merge and each pair); Phan et al. 2024,
 # arXiv:2410.09303 (covers; with invalid encodings left out, and fast). Lesson 23 turns a law into a file: with bytes from covers, two tokenizers can
-# be compared in bits. To try: `names` as a fourth language in the premium table; a vocabulary for your own language.
+# be compared in bits. To try: a paragraph in your own language in the premium table, and a vocabulary learned from a text in it.
