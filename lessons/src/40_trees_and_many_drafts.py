@@ -5,12 +5,12 @@
 # file's `accept` before you begin.
 #
 # 1. Why only one guess for a place? Take two, drawn independently from the draft's $q$. Test the first with $\min(1,p/q)$; if it is refused, test
-#    the second the same way; if that is refused too, draw from $\mathrm{norm}(\max(p-q,0))$. Is what comes out still distributed as $p$?
+#    the second the same way; if that is refused too, draw from $\mathrm{norm}(\max(p-q,0))$, norm: scaled to the sum 1. Is what comes out still distributed as $p$?
 # 2. A call of the target may check 14 guesses. A chain of 14 after each other? A tree with two guesses everywhere, three deep? Or one that is
 #    wide at the top?
 # 3. Your friend proves a decoder correct: all probabilities enumerated, no difference to the truth. Which mistakes can have survived?
 #
-# In this lesson **you write the proof**, and wrong decoders grade it. Two of the five exercises are exams that you set; the other three, you sit.
+# In this lesson **you write the proof**, and wrong decoders grade it: two of the five exercises are exams that you set.
 
 # %%
 import sys
@@ -41,7 +41,7 @@ for k in (1, 2, 3):
 # %% [markdown]
 # One guess is the rule you know, and exact. With two, token 2 comes out too often and token 0 too seldom. Only a 2 is ever refused
 # (of 0 and 1 the target wants more than $q$ gives); so after a refusal 2 has had its share, and the second guess gives it another. What is still missing then is no longer $p$ but the
-# residual. So let us first build the instrument, then the rules.
+# residual.
 #
 # **Exercise 1, an exam that you set.** `exam(rule)` -> the largest total variation, over cases that you choose, between $p$ and the law of the token
 # that `rule(p, q, guesses, dice)` returns, where `guesses` are $k$ independent draws from $q$. It must be 0 (below $10^{-12}$) for every exact rule, fast or slow, and clearly
@@ -72,7 +72,7 @@ def exam(rule):
 check.check_exam(exam)
 
 # %% [markdown]
-# "Equal guesses are dropped" is natural in a tree, where two equal branches would be read twice; but then the
+# One of the ten, "equal guesses are dropped", is natural in a tree, where two equal branches would be read twice; but then the
 # guesses are no longer draws from $q$. And nobody who tries two guesses sees a mistake in the third.
 #
 # ## Rules that are exact
@@ -191,7 +191,7 @@ check.check_best(best)
 # The bound is for independent guesses; nothing forces us to draw them so. **Greedy drafts** (same paper) take the $n-1$ most probable tokens of $q$ as they are, and
 # draw one more from the rest, $\tilde q$. The rule is the plain one, $\tilde q$ against $p$: accept, or draw from the residual. If the residual gives one of
 # the sure tokens, so much the better: its branch was checked as well. And the simplest of all: take the $n$ most probable tokens, draw from $p$, and **look
-# whether the token is among them**. (EAGLE-2's code tests them one by one with $q=1$: the same law, by a longer way.)
+# whether the token is among them**. (EAGLE-2's code, `SafeAILab/EAGLE`, tests them one by one with $q=1$: the same law, by a longer way.)
 
 # %%
 def independent(q, n, dice):
@@ -263,16 +263,16 @@ axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 
 # %% [markdown]
-# Means over six pairs of four tokens, $p$ and $q$ random and unrelated, so every rule starts low. Read the last column. Among independent guesses K-SEQ (.741)
+# Means over six pairs, $p$ and $q$ random and unrelated, so every rule starts low; and of four tokens, so three guesses are nearly all there are. Read the last column. Among independent guesses K-SEQ (.741)
 # beats recursive rejection (.707), and neither reaches the bound, .820. But distinct guesses (.905) and greedy drafts (.970) pass it: the bound is for independent
 # guesses only. **How the guesses are drawn matters more than how cleverly they are tested.** The most probable tokens alone are poor
-# with one guess (.180, where a drawn one has .517) and good with many. And the total variation is 0 for all: the rules differ in speed alone.
+# with one guess (.180, where a drawn one has .517) and good with three of four. The total variation is 0 for all: the rules differ in speed alone.
 #
 # ## Trees
 #
 # A tree has several guesses behind each guess. Node 0 is the last token of the text; `tokens[i]` and `parents[i]` describe node $i$, and parents come before their children. The target reads the
 # whole tree in one call: a node sees the text, its ancestors and itself, and stands at the place its depth says, so siblings share one place.
-# Here with a GPT: `look(text, tokens, parents)` reads what its cache does not hold yet, and gives the distribution after each newly read node.
+# Here with a GPT: the method `look(text, tokens, parents)` (not the rule `look`) reads what its cache does not hold yet, and gives the distribution after each newly read node.
 
 # %%
 def tree_mask(parents, prefix):
@@ -323,9 +323,8 @@ class TreeStream(nano_spec.Stream):
         self.length = self.first = base + len(rows)
 
 # %% [markdown]
-# Now the tree grows. **Each level is fed to the draft once**: its ancestors lie in the cache. (Feeding the whole tree again for each level
-# is an easy slip, and gives the right tree. It makes the draft so slow that a chain
-# wins, and then the tree is blamed.)
+# **Each level is fed to the draft once**: its ancestors lie in the cache. (Feeding the whole tree again for each level
+# gives the right tree, too, and a draft so slow that a chain wins; then the tree is blamed.)
 
 # %%
 def draft_tree(draft, text, widths, dice, pick):
@@ -439,9 +438,9 @@ with put(mine, "recursive", recursive):
     _ = nano_spec.prove({"distinct children": tree_case((2,), distinct, rule, n=2)}, {})
 
 # %% [markdown]
-# Look at the sizes: .002 and .001 are tiny. A sample of a thousand texts would call these decoders exact; the enumeration is not in doubt, for its
-# own error is $10^{-16}$. And "kept rows do not move" is the classic: after the walk the accepted nodes are scattered over the cache, and must be moved side by
-# side. With a chain they lie right already, so a program that was tested on chains passes.
+# Look at the sizes: a sample of a thousand texts would not see .002 and .001; the enumeration's own error is $10^{-16}$. And "kept rows do not move" is the classic: after the walk the accepted nodes are scattered over the cache, and must be moved side by
+# side. With a chain they lie right already, so a program that was tested on chains passes. Question 3: what survives a proof is what its cases cannot show, the third guess with two,
+# the cache with a table, the moved rows with a chain.
 #
 # ## On a trained pair
 #
@@ -511,25 +510,24 @@ for widths, row in taus.items():  # a draft call counts a third: one block, wher
 # ## What came out, and what did not
 #
 # **At temperature 1 the most probable children are a bad choice** (1.36 to 1.89 tokens per call), however the tree is shaped: this target is unsure, and its draws are mostly
-# not the favourite. Guesses that are *drawn* bring 3.66 with the same calls. At temperature 0 it is the other way round: the favourite is what counts, and a chain of
-# favourites brings 4.47. So look at the temperature when you read about trees of favourites.
+# not the favourite. Guesses that are *drawn* bring up to 3.66. At temperature 0 only the favourite counts, and a chain of
+# favourites brings 4.47.
 #
-# **With equal guesses the tree does not beat the chain in tokens.** 2-1-1-1-1-1-1, 14 guesses, brings 3.66, as the chain of 14 does; broader trees bring less. Where most guesses
-# stay, depth pays. But the chain asks the draft 14 times in a row, that tree seven times, 2-2-2 three times. Look at the last lines. If 15 tokens cost what one does, as on
-# a large GPU, the long chain is slower than writing one by one (.65), the chain of three gains 1.41, and **2-2-2 gains most, 1.60**, with as many draft calls as the
-# chain of three. If a call on 15 tokens costs two, as on many a CPU, hardly anything is left of it (1.07). So the tree is a trade: longer target calls for fewer draft calls.
+# **With 14 guesses each the tree does not beat the chain in tokens.** 2-1-1-1-1-1-1 brings 3.66, as the chain of 14 does; broader trees bring less. Where most guesses
+# stay, depth pays. But the chain asks the draft 14 times in a row, that tree seven times, 2-2-2 three times. If 15 tokens cost what one does, as on
+# a large GPU, the long chain is slower than writing one by one (.65), the chain of three gains 1.41, and **broad trees gain most**: 2-2-2, with as many draft calls as the
+# chain of three, 1.60, 7-1 1.57. If a call on 15 tokens costs two, as on many a CPU, hardly anything is left (1.07; the chain of three, whose call reads four tokens, is overcharged there). Question 2, then: the tree is a trade, longer target calls for fewer draft calls.
 # And it needs the cache across levels: fed again, 2-1-1-1-1-1-1 would have its draft read 49 nodes instead of 13.
 #
 # Not done here: trees that fit the text (EAGLE-2, arXiv:2406.16858, grows the branch with the largest product of $q$; Sequoia, arXiv:2402.12374, finds the best fixed tree by dynamic
-# programming). And 16 prompts of 48 bytes are few: differences of .1 are noise.
+# programming). And 16 texts of 48 new bytes are few: differences of .1 are noise.
 #
 # ## Back to the script
 #
-# With one guess for each place your rule *is* the script's `accept`. Put it in, and let the script's own proof judge it; then the tree of seven levels beside the
+# With one guess for each place your rule *is* the script's `accept`. Put it in: the script's own proof judges it. Then the tree of seven levels beside the
 # chain of 14.
 #
-# **Read on.** SpecInfer (2305.09781); SpecTr (2310.15141); Towards optimal multi-draft speculative decoding (2502.18779). EAGLE's code
-# (`SafeAILab/EAGLE`) verifies with $q=1$ for every child: why may it? (Its children are the most probable ones, not drawn.) Lesson 41 gets its guesses for nothing; lesson 42 gives up exactness, and measures the price.
+# **Read on.** SpecInfer (2305.09781); SpecTr (2310.15141); Towards optimal multi-draft speculative decoding (2502.18779). Lesson 41 gets its guesses for nothing; lesson 42 gives up exactness, and measures the price.
 
 # %%
 def accept_by_rule(draft, q, p, dice):
