@@ -633,12 +633,7 @@ def train(config, models, data, dtype=torch.float32, path=None, state=None):
     on from there. Test rows choose nothing: the rate falls to 0, and the last step is the model.
     """
     device, optimizers = next(models.parameters()).device, make_optimizers(models, config, dtype)
-    first, history = 0, []
-    if state:
-        first, history = state["step"], state["history"]
-        models.load_state_dict(state["models"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    first, history, _ = resume(state, "models", models, optimizers) if state else (0, [], 0.0)
     every = -(-config.steps // 3)                       # a third, rounded up
     bar = tqdm.trange(first, config.steps, desc="train", disable=None, leave=False)
     for step in bar:
@@ -1007,9 +1002,11 @@ def read_settings(argv=None):
     part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
     needed = "resume" in given or part not in ("all", "train")
     state = load(pathlib.Path(given.get("out", defaults["out"]), "last.pt")) if needed else {}
-    saved = {name: value for name, value in state.get("config", {}).items() if name not in LOCAL}
-    for name, value in given.items():
+    saved = {name: value for name, value in state.get("config", {}).items() if name in FLAGS.keys() - LOCAL}
+    for name, value in {**saved, **given}.items():
         allowed, flag = FLAGS[name][1], f"--{name.replace('_', '-')} {value}"
+        if type(value) is not type(defaults[name]):     # only one from a checkpoint can be
+            fail(f"{flag}: the checkpoint has this, of another type; train again, or choose another --out")
         if isinstance(allowed, tuple) and value not in allowed:
             fail(f"{flag}: choose one of {', '.join(allowed)}")
         if isinstance(allowed, (int, float)) and not allowed <= value < 1e9:  # so written, nan fails, too
@@ -1053,9 +1050,8 @@ def save(path, state):
 def load(path):
     """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed.
 
-    It is a zip archive with a checksum of each part, which torch.load does not compare: of 200 files with one
-    bit turned over it gave 187 back with a wrong weight, and said nothing. A zip may also unpack to far more
-    than its own size; this one is not compressed.
+    The zip archive has a checksum of each part, which torch.load ignores: of 200 files with one bit turned it
+    gave 187 back, with a wrong weight. A zip may unpack to far more than its size; ours is not compressed.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -1063,13 +1059,27 @@ def load(path):
             if size > path.stat().st_size or file.testzip():
                 raise ValueError("a bit has changed, or a zip bomb")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("script") != NAME:
+        kinds = {"config": dict, "step": int, "history": list, "optimizers": list}
+        if state.get("script") != NAME or any(type(state[key]) is not kinds[key] for key in kinds):
             raise ValueError("written by another script")
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
     except Exception:                                            # torch reports broken files by many types
         fail(f"{path} is broken, or not a checkpoint of {NAME}: train again, or choose another --out")
     return state
+
+
+def resume(state, name, network, optimizers=()):
+    """Put what `save` has kept of them back in its places -> first step, history, seconds so far."""
+    try:
+        network.load_state_dict(state[name])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(state["optimizers"][i])
+            for weight, memory in optimizer.state.items():       # their shapes torch does not compare
+                assert all(x.shape in ((), weight.shape) for x in memory.values()), "running means"
+        return state["step"], state["history"], float(state.get("seconds", 0))
+    except Exception as error:                                   # of another version, or changed by hand
+        fail(f"this checkpoint fits another network ({str(error)[:99]}): train again, or change --out")
 
 
 def run_as_program(main):
@@ -1155,7 +1165,7 @@ def main(argv=None):
     if part in ("all", "train"):
         train(config, models, data, dtype, out / "last.pt", state)
         state = load(out / "last.pt")
-    models.load_state_dict(state["models"])
+    resume(state, "models", models)
     models.requires_grad_(False)
     with one_thread():
         if part in ("all", "sample"):

@@ -485,12 +485,7 @@ def train(config, model, data, dtype=torch.float32, path=None, state=None):
     path: where the state is kept; None: nowhere. state: what an earlier call has kept, to go on from there.
     """
     device, optimizers = model.stem.weight.device, make_optimizers(model, config, dtype)
-    first, history, seconds = 0, [], 0.0
-    if state:
-        first, history, seconds = state["step"], state["history"], state["seconds"]
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+    first, history, seconds = resume(state, "model", model, optimizers) if state else (0, [], 0.0)
     # so an image of nothing but the mean grey has error 1, and the commitment weighs the same on any data
     variance = (data.train_images / 255).var().item()
     model.train()                                       # the mode in which the codes move, too
@@ -943,9 +938,11 @@ def read_settings(argv=None):
     part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
     needed = "resume" in given or part not in ("all", "train")
     state = load(pathlib.Path(given.get("out", defaults["out"]), "last.pt")) if needed else {}
-    saved = {name: value for name, value in state.get("config", {}).items() if name not in LOCAL}
-    for name, value in given.items():
+    saved = {name: value for name, value in state.get("config", {}).items() if name in FLAGS.keys() - LOCAL}
+    for name, value in {**saved, **given}.items():
         allowed, flag = FLAGS[name][1], f"--{name.replace('_', '-')} {value}"
+        if type(value) is not type(defaults[name]):     # only one from a checkpoint can be
+            fail(f"{flag}: the checkpoint has this, of another type; train again, or choose another --out")
         if isinstance(allowed, tuple) and value not in allowed:
             fail(f"{flag}: choose one of {', '.join(allowed)}")
         if isinstance(allowed, (int, float)) and not allowed <= value < 1e9:  # so written, nan fails, too
@@ -989,9 +986,8 @@ def save(path, state):
 def load(path):
     """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed.
 
-    It is a zip archive with a checksum of each part, which torch.load does not compare: of 200 files with one
-    bit turned over it gave 187 back with a wrong weight, and said nothing. A zip may also unpack to far more
-    than its own size; this one is not compressed.
+    The zip archive has a checksum of each part, which torch.load ignores: of 200 files with one bit turned it
+    gave 187 back, with a wrong weight. A zip may unpack to far more than its size; ours is not compressed.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -999,13 +995,27 @@ def load(path):
             if size > path.stat().st_size or file.testzip():
                 raise ValueError("a bit has changed, or a zip bomb")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("script") != NAME:
+        kinds = {"config": dict, "step": int, "history": list, "optimizers": list}
+        if state.get("script") != NAME or any(type(state[key]) is not kinds[key] for key in kinds):
             raise ValueError("written by another script")
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
     except Exception:                                            # torch reports broken files by many types
         fail(f"{path} is broken, or not a checkpoint of {NAME}: train again, or choose another --out")
     return state
+
+
+def resume(state, name, network, optimizers=()):
+    """Put what `save` has kept of them back in its places -> first step, history, seconds so far."""
+    try:
+        network.load_state_dict(state[name])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(state["optimizers"][i])
+            for weight, memory in optimizer.state.items():       # their shapes torch does not compare
+                assert all(x.shape in ((), weight.shape) for x in memory.values()), "running means"
+        return state["step"], state["history"], float(state.get("seconds", 0))
+    except Exception as error:                                   # of another version, or changed by hand
+        fail(f"this checkpoint fits another network ({str(error)[:99]}): train again, or change --out")
 
 
 def run_as_program(main):
@@ -1079,7 +1089,7 @@ def main(argv=None):
         train(config, model, data, dtype, out / "last.pt", state)
         state = load(out / "last.pt")
         metrics["images_per_second"] = config.steps * config.batch / state["seconds"]
-    model.load_state_dict(state["model"])
+    resume(state, "model", model)
     if part in ("all", "eval"):
         tokens, plain = export(model.eval(), data), {}
         for name in ("train_tokens", "train_labels", "test_tokens", "test_labels"):

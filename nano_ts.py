@@ -337,12 +337,10 @@ def train(model, table, recipe, config, path=None):
     losses = []
     if config.resume and path and path.exists():
         state = load(path)
-        if state["settings"] != made_with:
-            fail(f"{path} was made with {state['settings']}, this run with {made_with}: drop --resume, or "
+        if state["config"] != made_with:
+            fail(f"{path} was made with {state['config']}, this run with {made_with}: drop --resume, or "
                  "choose another --out")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses = state["losses"]
+        losses = resume(state, "model", model, [optimizer])[1]
     for step in tqdm.trange(len(losses), steps, desc=type(model).__name__, disable=None, leave=False):
         for group in optimizer.param_groups:                   # the rate of this step
             group["lr"] = rate * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -357,8 +355,8 @@ def train(model, table, recipe, config, path=None):
         if not math.isfinite(losses[-1]):                      # before it can be saved
             fail(f"the loss at step {step} is {losses[-1]}: look for extreme values in the data")
         if path and ((step + 1) % 100 == 0 or step + 1 == steps):
-            save(path, {"settings": made_with, "losses": losses, "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict()})
+            save(path, {"config": made_with, "step": step + 1, "history": losses,
+                        "model": model.state_dict(), "optimizers": [optimizer.state_dict()]})
     return losses
 
 
@@ -960,9 +958,8 @@ def save(path, state):
 def load(path):
     """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed.
 
-    It is a zip archive with a checksum of each part, which torch.load does not compare: of 200 files with one
-    bit turned over it gave 187 back with a wrong weight, and said nothing. A zip may also unpack to far more
-    than its own size; this one is not compressed.
+    The zip archive has a checksum of each part, which torch.load ignores: of 200 files with one bit turned it
+    gave 187 back, with a wrong weight. A zip may unpack to far more than its size; ours is not compressed.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -970,13 +967,27 @@ def load(path):
             if size > path.stat().st_size or file.testzip():
                 raise ValueError("a bit has changed, or a zip bomb")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("script") != NAME:
+        kinds = {"config": dict, "step": int, "history": list, "optimizers": list}
+        if state.get("script") != NAME or any(type(state[key]) is not kinds[key] for key in kinds):
             raise ValueError("written by another script")
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
     except Exception:                                            # torch reports broken files by many types
         fail(f"{path} is broken, or not a checkpoint of {NAME}: train again, or choose another --out")
     return state
+
+
+def resume(state, name, network, optimizers=()):
+    """Put what `save` has kept of them back in its places -> first step, history, seconds so far."""
+    try:
+        network.load_state_dict(state[name])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(state["optimizers"][i])
+            for weight, memory in optimizer.state.items():       # their shapes torch does not compare
+                assert all(x.shape in ((), weight.shape) for x in memory.values()), "running means"
+        return state["step"], state["history"], float(state.get("seconds", 0))
+    except Exception as error:                                   # of another version, or changed by hand
+        fail(f"this checkpoint fits another network ({str(error)[:99]}): train again, or change --out")
 
 
 def run_as_program(main):

@@ -470,7 +470,7 @@ def train_tokenizer(config, tokenizer, data, dtype=torch.float32, path=None, sta
     dtype, path, state as in `train`. Test images are looked at, and choose nothing.
     """
     device, optimizers = tokenizer.pyramid.codes.device, tokenizer_optimizers(tokenizer, config, dtype)
-    first, history, seconds = resume(tokenizer, state, "tokenizer", optimizers)
+    first, history, seconds = resume(state, "tokenizer", tokenizer, optimizers) if state else (0, [], 0.0)
     variance, network = (data.train_images / 255).var(), parallel(tokenizer)
     K = len(tokenizer.pyramid.scales)
     every, losses, begun = max(1, config.tok_steps // 4), [], time.time() - seconds
@@ -506,7 +506,7 @@ def train(config, model, pyramid, data, dtype=torch.float32, path=None, state=No
     an earlier call has kept; training goes on from there.
     """
     device, optimizers = model.place.device, make_optimizers(model, config, dtype)
-    first, history, seconds = resume(model, state, "model", optimizers)
+    first, history, seconds = resume(state, "model", model, optimizers) if state else (0, [], 0.0)
     network = parallel(model)                           # alone: the model itself
     every, losses, begun = max(1, config.steps // 5), [], time.time() - seconds
     bar = tqdm.trange(first, config.steps, desc="train", disable=RANK > 0 or None, leave=False)
@@ -530,16 +530,6 @@ def train(config, model, pyramid, data, dtype=torch.float32, path=None, state=No
                             "model": model.state_dict(), "seconds": time.time() - begun,
                             "optimizers": [o.state_dict() for o in optimizers], **extra})
     return history
-
-
-def resume(network, state, name, optimizers):
-    """Put what `save` has kept under `name` back in its places -> first step, history, seconds so far."""
-    if not state:
-        return 0, [], 0.0
-    network.load_state_dict(state[name])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    return state["step"], state["history"], state["seconds"]
 
 
 def descend(loss, optimizers, rates, share):
@@ -1075,9 +1065,11 @@ def read_settings(argv=None):
     part, defaults = given.pop("part"), {name: default for name, (default, _, _) in FLAGS.items()}
     needed = "resume" in given or part not in ("all", "train")
     state = load(pathlib.Path(given.get("out", defaults["out"]), "last.pt")) if needed else {}
-    saved = {name: value for name, value in state.get("config", {}).items() if name not in LOCAL}
-    for name, value in given.items():
+    saved = {name: value for name, value in state.get("config", {}).items() if name in FLAGS.keys() - LOCAL}
+    for name, value in {**saved, **given}.items():
         allowed, flag = FLAGS[name][1], f"--{name.replace('_', '-')} {value}"
+        if type(value) is not type(defaults[name]):     # only one from a checkpoint can be
+            fail(f"{flag}: the checkpoint has this, of another type; train again, or choose another --out")
         if isinstance(allowed, tuple) and value not in allowed:
             fail(f"{flag}: choose one of {', '.join(allowed)}")
         if isinstance(allowed, (int, float)) and not allowed <= value < 1e9:  # so written, nan fails, too
@@ -1121,9 +1113,8 @@ def save(path, state):
 def load(path):
     """-> the dict that `save` wrote, on the CPU. weights_only: nothing in the file is executed.
 
-    It is a zip archive with a checksum of each part, which torch.load does not compare: of 200 files with one
-    bit turned over it gave 187 back with a wrong weight, and said nothing. A zip may also unpack to far more
-    than its own size; this one is not compressed.
+    The zip archive has a checksum of each part, which torch.load ignores: of 200 files with one bit turned it
+    gave 187 back, with a wrong weight. A zip may unpack to far more than its size; ours is not compressed.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -1131,13 +1122,27 @@ def load(path):
             if size > path.stat().st_size or file.testzip():
                 raise ValueError("a bit has changed, or a zip bomb")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state.get("script") != NAME:
+        kinds = {"config": dict, "step": int, "history": list, "optimizers": list}
+        if state.get("script") != NAME or any(type(state[key]) is not kinds[key] for key in kinds):
             raise ValueError("written by another script")
     except FileNotFoundError:
         fail(f"there is no checkpoint {path}: train first, or point --out at the folder of a run")
     except Exception:                                            # torch reports broken files by many types
         fail(f"{path} is broken, or not a checkpoint of {NAME}: train again, or choose another --out")
     return state
+
+
+def resume(state, name, network, optimizers=()):
+    """Put what `save` has kept of them back in its places -> first step, history, seconds so far."""
+    try:
+        network.load_state_dict(state[name])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(state["optimizers"][i])
+            for weight, memory in optimizer.state.items():       # their shapes torch does not compare
+                assert all(x.shape in ((), weight.shape) for x in memory.values()), "running means"
+        return state["step"], state["history"], float(state.get("seconds", 0))
+    except Exception as error:                                   # of another version, or changed by hand
+        fail(f"this checkpoint fits another network ({str(error)[:99]}): train again, or change --out")
 
 
 def run_as_program(main):
@@ -1180,13 +1185,14 @@ def build(config, classes, device):
 
 def train_both(config, tokenizer, model, data, dtype, path, state):
     """First the tokenizer, then the transformer on its tokens; or what is missing of them -> last state."""
-    if "model" not in state:                            # the tokenizer is not finished, or not begun
-        state = {"tokenizer_history": train_tokenizer(config, tokenizer, data, dtype, path, state)}
+    history = state.get("tokenizer_history")            # it is kept from the transformer's first report on
+    if history is None:                                 # the tokenizer is not finished, or not begun
+        history, state = train_tokenizer(config, tokenizer, data, dtype, path, state), None
     else:
-        tokenizer.load_state_dict(state["tokenizer"])
+        resume(state, "tokenizer", tokenizer)
     add_tokens(data, tokenizer.eval().requires_grad_(False))
-    extra = {"tokenizer": tokenizer.state_dict(), "tokenizer_history": state["tokenizer_history"]}
-    train(config, model, tokenizer.pyramid, data, dtype, path, state if "model" in state else None, **extra)
+    extra = {"tokenizer": tokenizer.state_dict(), "tokenizer_history": history}
+    train(config, model, tokenizer.pyramid, data, dtype, path, state, **extra)
     return load(path) if RANK == 0 else {}
 
 
@@ -1195,7 +1201,7 @@ def main(argv=None):
     begun, (part, config, state) = time.time(), read_settings(argv)
     if config.dim % 32 or config.last_top_p > 1:
         fail(f"--dim {config.dim} must be a multiple of 32, --last-top-p {config.last_top_p} at most 1")
-    if part in ("sample", "eval") and "model" not in state:
+    if part in ("sample", "eval") and "tokenizer_history" not in state:
         fail(f"the run in {config.out} stopped before the transformer began: finish it by train --resume")
     device, dtype = pick_device(config.device, config.precision)
     meet(device)
@@ -1214,9 +1220,9 @@ def main(argv=None):
             return metrics                              # number 0 alone draws and judges
         metrics["tokens_per_second"] = config.steps * config.batch * model.length / state["seconds"]
     else:
-        tokenizer.load_state_dict(state["tokenizer"])
+        resume(state, "tokenizer", tokenizer)
         add_tokens(data, tokenizer.eval().requires_grad_(False))
-    model.load_state_dict(state["model"])
+    resume(state, "model", model)
     if part in ("all", "sample", "eval"):               # classes as frequent as in the test set
         labels = data.test_labels[torch.arange(config.samples) % len(data.test_labels)]
         tokens = draw(config, model, tokenizer.pyramid, labels)

@@ -240,6 +240,51 @@ def test_foreign_files_are_refused(script, whole, tmp_path):
             assert "not a checkpoint of" in stopped(script, script.load, whole(other)[0] / "last.pt")
 
 
+def wrong(state):
+    """A good state -> {what: one that lacks a part, or has one of another type or shape}."""
+    made = {}
+    for key in state.keys() - {"script", "seconds", "codebook"}:  # without these a run goes on: reported only, or made again
+        made[f"no {key}"] = {name: value for name, value in state.items() if name != key}
+        if key != "tokenizer_history":                           # that one is only reported
+            made[f"a number as {key}"] = state | {key: 5.5}
+    if "codebook" in state:
+        made["a codebook of vectors twice as long"] = state | {"codebook": state["codebook"].repeat(1, 2)}
+        made["a codebook of words"] = state | {"codebook": "words"}
+    made["seconds of words"] = state | {"seconds": "words"}
+    for key in state.keys() & {"model", "models", "tokenizer"}:
+        first, *others = state[key]
+        made[f"{key} of a foreign name"] = state | {key: {"foreign": state[key][first], **state[key]}}
+        made[f"{key} without {first}"] = state | {key: {name: state[key][name] for name in others}}
+        made[f"{first} of one more axis"] = state | {key: state[key] | {first: state[key][first][None]}}
+        made[f"{first} twice as wide"] = state | {key: state[key] | {first: state[key][first].repeat_interleave(2, -1)}}
+    *some, last = state["optimizers"]
+    means = {i: {name: x[..., None] if x.dim() else x for name, x in m.items()} for i, m in last["state"].items()}
+    made["one optimizer too few"] = state | {"optimizers": some}
+    made["running means of another shape"] = state | {"optimizers": [*some, last | {"state": means}]}
+    made["an optimizer of fewer weights"] = state | {"optimizers": [*some, last | {"param_groups": [last["param_groups"][0] | {"params": [0]}]}]}
+    return made
+
+
+@scripts
+def test_a_checkpoint_that_lacks_something_or_fits_another_network_is_refused(script, whole, tmp_path):
+    state, path = torch.load(whole(script)[0] / "last.pt", weights_only=True), tmp_path / "last.pt"
+    cases = wrong(state)
+    if script is not nano_ts:
+        for setting in ({"seed": "0"}, {"seed": -1}, {"seed": None}, {"device": "cpu", "depth": 2, "blocks": 2}, {"preset": "huge"}):
+            cases[f"with {setting}"] = state | {"config": state["config"] | setting}
+    for what, case in cases.items():
+        script.save(path, case)
+        with contextlib.redirect_stdout(io.StringIO()):
+            said = stopped(script, go, script, tmp_path, True)
+        assert any(word in said for word in ("train again", "drop --resume", "--seed -1", "choose one of")), (what, said)
+        if script is not nano_ts and what in ("no model", "no models", "no tokenizer_history"):
+            stopped(script, script.main, [script.PARTS[1], "--out", str(tmp_path)])
+    script.save(path, state)
+    with contextlib.redirect_stdout(io.StringIO()):
+        go(script, tmp_path, True)                               # and the whole one is taken
+    assert result(path) == whole(script)[1]
+
+
 class Call:
     """Pickled, it is the order to call a function when it is read back."""
 
