@@ -404,8 +404,8 @@ show(strips, 3)  # a 3's upper half, which stays as it is, and what the model dr
 # go on *as an 8* from the upper half of a 3, draws a 3 in .54 of the cases. A goal that is taken from a model inherits what that model can do.
 #
 # The price? Averaged over the far tokens alone, as in your loss, gFD of the other eight digits goes from 10.92 to 70.41, and to 41.71 where they are held.
-# One denominator makes the difference: averaged over *all* tokens, with zeros for those that are near, gFD is 15.77. For
-# the nearer the model gets to its goal, the fewer far tokens are left, and an average over them never fades: the last few get all the force, and shake
+# One denominator makes the difference: averaged over *all* tokens, zeros for the near ones, gFD is 15.77. For
+# the nearer the model gets to its goal, the fewer far tokens are left, and the last few get all the force, and shake
 # a network that other digits share. Yet now 3s that nobody asked for are as frequent as before, .13; the harsh averages had brought them to .03.
 #
 # ## Put it into the script
