@@ -8,7 +8,7 @@
 # 3. Muon replaces the singular values of each update by 1. How many singular value decompositions does it take a step?
 # 4. Requests come at random. Is it better to wait for a full batch, or to start at once?
 #
-# Every figure here is a **ratio** of two things measured in turn, on your machine, now: whatever else is running disturbs both alike.
+# Every time here is a **ratio** of two things measured in turn, on your machine, now: whatever else is running disturbs both alike.
 
 # %%
 import sys
@@ -70,21 +70,20 @@ with put(mine, "without_cache", without_cache):
         print(f"batch {B:2}: 64 x 64 slots instead of 64, and {s['none'] / s['cache']:.1f} times as long")
 
 # %% [markdown]
-# 64 times as many slots, and far less than 64 times the time: a call for one slot of one image is not limited by arithmetic. In each block it starts some thirty small operations, and each costs
-# microseconds before it multiplies anything; the call without a cache starts just as many. In a batch of 16 the multiplications begin to count, and the ratio moves towards the slots'.
+# 64 times as many slots, and far less than 64 times the time: a call for one slot of one image is not limited by arithmetic. In each block it starts dozens of small operations, each of which costs
+# microseconds before it multiplies anything; so does the call without a cache. In a batch of 16 the multiplications begin to count, and the ratio moves towards the slots'.
 #
-# The cache buys this with memory, 2 x 2 x 64 x 96 numbers an image here, and it stands on one property of the model: no slot looks ahead. If slots saw later ones, every new token would change all keys,
-# and nothing could be kept.
+# The cache buys this with memory, 2 x 2 x 64 x 96 numbers an image here (layers, keys and values, slots, width), and stands on one property of the model: no slot looks ahead. Otherwise every
+# new token would change all keys, and nothing could be kept.
 #
-# Careful with claims about caches: one can do without and still call the model on no more than the t slots that are there, 64 * 65 / 2 = 2,080 instead of 4,096. The baseline is half of a claim.
+# Without a cache one may still pass only the t slots that are there: 64 * 65 / 2 = 2,080, not 4,096. The baseline is half of a claim.
 #
 # ## Numbers of 16 bits, and the machine below
 #
-# Three switches leave the model alone: `torch.compile` (which needs a C++ compiler), bf16 autocast, and where the C library puts large tensors. Compiling pays only in a long run, since the first call waits for the compiler;
-# one block is compiled here, and serves all layers of the same shape. For the last two each
-# variant runs in a process of its own, with its own environment. `ONEDNN_MAX_CPU_ISA=AVX2` forbids the instructions that most laptops lack.
-# `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` tell Linux's C library to keep freed memory: without them a large tensor is often asked of the system anew and filled
-# with zeros, page by page. They must stand in front of the command.
+# Three switches leave the model alone: `torch.compile` (which needs a C++ compiler), bf16 autocast, and where the C library puts large tensors. The first call of a compiled block waits for the compiler;
+# one block is compiled here, and serves all layers. For the other two each
+# variant runs in a process of its own. `ONEDNN_MAX_CPU_ISA=AVX2` forbids the instructions that most laptops lack.
+# `MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_THRESHOLD_` tell Linux's C library (glibc) to keep freed memory, which else is often asked of the system anew and filled with zeros.
 
 # %%
 def one_block(block):
@@ -135,16 +134,19 @@ for name, runs in took.items():
         print(f"{name:32} speed of a step {ratio[0]:5.2f}, of Muon's products {ratio[1]:5.2f}; products / step {muon / step:.2f}")
 
 # %% [markdown]
-# Read your own five lines. Where the C library is glibc (Linux), keeping memory is worth some percent, for the price of typing
+# Compiled: if it is r times as fast, the wait w is paid back after w / (1 - 1/r) passes through a block. At first use w is several times larger than here: torch keeps the result on disk. So nano_ar, whose run has some
+# hundred steps, does not compile; thousands of steps on a GPU are another matter.
+#
+# The others: read your own five lines. Keeping memory is worth some percent on Linux, for the price of typing
 #
 #     MALLOC_TRIM_THRESHOLD_=536870912 MALLOC_MMAP_THRESHOLD_=33554432 python nano_ar.py
 #
-# And **bf16 is not "half the bits, twice the speed"**. It is fast where the hardware has an instruction for it (`avx512_bf16`, AMX, a GPU), and even there a step gains less than its products, since
-# norms and softmax stay in 32 bits. Without the instruction, as on most laptops, each number is converted on the way in and out, and bf16 is *several times slower* than fp32. So
+# And **bf16 is not "half the bits, twice the speed"**. It is fast where the hardware has an instruction for it (`avx512_bf16`, AMX, a GPU), and even there large products gain and small ones,
+# like Muon's, hardly. Without the instruction, as on most laptops, each number is converted on the way in and out, and bf16 is *several times slower* than fp32. So
 # `pick_device` asks the processor first.
 #
-# The column of Muon's products is why nano_ar has a Muon of its own: `torch.optim.Muon` always takes them in bf16. Right on a GPU, a trap on a laptop, where the
-# loss still falls and nobody sees why the fan runs. Ours takes the products in the dtype that it is told. You write them next.
+# The column of Muon's products is why nano_ar has a Muon of its own: `torch.optim.Muon` always takes them in bf16, a trap on a laptop, where the
+# loss still falls and nobody sees why the fan runs. Ours takes the products in the dtype that it is told.
 #
 # ## Muon by hand
 #
@@ -153,7 +155,7 @@ for name, runs in took.items():
 #
 # $$XX^\top X=(USV^\top)(VSU^\top)(USV^\top)=US^3V^\top,$$
 #
-# since $V^\top V$ and $U^\top U$ are the identity. Each further factor $XX^\top$ raises the power by two. So an **odd polynomial of the matrix is the same polynomial of each singular value, and leaves $U$ and $V$ alone**:
+# since $V^\top V$ and $U^\top U$ are the identity; each further factor $XX^\top$ raises the power by two. An **odd polynomial of the matrix is the same polynomial of each singular value, and leaves $U$ and $V$ alone**:
 #
 # $$aX+b\,XX^\top X+c\,(XX^\top)^2X=U\,(aS+bS^3+cS^5)\,V^\top .$$
 #
@@ -204,9 +206,9 @@ plt.show()
 
 # %% [markdown]
 # The slope $a=3.4445$ at 0 lifts small values fast; the price is that the large ones never settle at 1 but wander around it, as the printed range says. It does not matter: the
-# directions need steps of the same *order*. A value of 0.001 is still at 0.47 after five rounds, and smaller ones are left behind: the right end of the second picture, made from a random matrix whose columns shrink by a factor of 1,000 from the first to the last.
+# directions need steps of the same *order*. A value of 0.001 is still at 0.47 after five rounds, and smaller ones are left behind: the right end of the second picture, made from a random matrix whose columns shrink by a factor of 1,000.
 #
-# The cost: three products of the size of the weight matrix in each round, once a step, however large the batch, while training multiplies each matrix with all 4,096 slots of the batch. So it is a small share of a step (last column of the
+# The cost: three products of the size of the weight matrix in each round, once a step, while training multiplies each matrix with all 4,096 slots of the batch: a small share of a step (last column of the
 # table above), and smaller for larger batches.
 #
 # Does it pay? The same model, 100 steps, AdamW alone at three rates against Muon at the script's own.
@@ -236,8 +238,8 @@ with put(nano_ar, "make_optimizers", adamw_alone):
         print(f"AdamW at {lr:<5} {fit(lr=lr)[1]:6.1f} nats")
 
 # %% [markdown]
-# Three traps in such comparisons. A rival at one rate is no rival: see how far the three lie apart, and whether the best is at the edge of those tried (then try more). "After 100 steps" is not "in the end": how much of the distance is left after ten thousand
-# was not measured here. And Muon is for the matrices *inside* the blocks: the rows of an embedding are separate vectors, of which a batch touches a few. `make_optimizers` leaves these, the slot vectors and the head to AdamW.
+# Two traps in such comparisons. A rival at one rate is no rival: see how far the three lie apart, and whether the best is at the edge of those tried (then try more). And "after 100 steps" is not "in the end": what is left after ten thousand
+# was not measured here. Muon is for the matrices *inside* the blocks: the rows of an embedding are separate vectors, of which a batch touches a few. `make_optimizers` leaves these, the slot vectors and the head to AdamW.
 #
 # ## Fewer calls: Token-Shuffle
 #
@@ -308,10 +310,10 @@ plt.show()
 # %% [markdown]
 # A quarter of the calls, each a little dearer, as the head is four times as large. The price stands in nats: both models give a probability to the *same tokens*, so their
 # likelihoods may be compared, and the shuffled one is behind. Where a stroke crosses the border between two of the four cells, each guesses alone whether it does.
-# More training does not cure it: a product of four laws cannot say that the four depend on each other. (Accuracy is the wrong witness: after 100 steps both draw poor digits, see the picture, and a judge
-# may recognise the worse ones as often.) The paper's pictures have 2,048 pixels a side: neighbours are nearly copies, which should make the price smaller.
+# More training does not cure it: a product of four laws cannot say that the four depend on each other. (Accuracy is the wrong witness: after 100 steps both draw poor digits, and a judge
+# may recognise the worse ones as often.)
 #
-# Lesson 20 finds other ways to call less often; lesson 42 asks what an exact one needs.
+# Lesson 20 has other ways to call less often; lesson 42 asks what an exact one needs.
 #
 # ## Batches that never end
 #
@@ -328,8 +330,8 @@ with torch.no_grad():
 print("cost of a call, batch 1 = 1: ", "  ".join(f"{B}: {c / cost[1]:.2f}" for B, c in cost.items()))
 
 # %% [markdown]
-# So batches pay. But requests come when they like, and some need fewer calls: the lower half for a given upper one takes 32 (and one that reads the upper half, left out here). A **static** server takes what waits, up to `slots` requests,
-# and takes no new one until all of them are done. A **continuous** one (Orca; Flover, arXiv:2305.13484) decides before every call: whoever is done leaves, whoever waits joins.
+# So batches pay. But requests come when they like, and some need fewer calls: the lower half for a given upper one takes 32. A **static** server takes what waits, up to `slots` requests,
+# and no new one until all of them are done. A **continuous** one (Orca; Flover, arXiv:2305.13484) decides before every call: whoever is done leaves, whoever waits joins.
 #
 # **Exercise 4.** `serve(arrivals, lengths, slots)`: request i may take part in calls from number `arrivals[i]` on (sorted integers) and needs `lengths[i]` calls. At most `slots` take part in a call; first come, first served; nobody is interrupted. Return the number of the call
 # after which each is done, plus one: `serve([0, 0, 1], [3, 1, 2], 2)` is `[3, 1, 3]`.
@@ -384,14 +386,14 @@ with put(mine, "serve", serve):
 # With a static server, who comes one call late waits for up to 64. And a half image that is done after 32 calls keeps its place empty until the whole ones
 # are done: fewer are served in the same calls, and the queue grows (the picture) at a rate that the continuous server still bears. Above 0.17 requests a call both queues grow, and only more slots help.
 #
-# What does this ask of the model? The rows of one call stand at different slots. So each row needs its own position (slot vector, angles of RoPE) and sees its own length of the cache. That is
-# all, since rows of a batch never mix. nano_ar serves one user, so `GPT.step` takes one t for all rows. A place can be handed on, because the cache beyond a row's length is never read.
+# What does this ask of the model? The rows of one call stand at different slots: each needs its own position (slot vector, angles of RoPE) and its own length of the cache. Rows of a batch never mix, so that is
+# all; but `GPT.step` takes one t for all rows.
 
 # %% [markdown]
 # ## Beside nanoGPT
 #
-# nanoGPT's `model.py` is the yardstick for small GPTs. Give its path in the environment variable `NANOGPT` (it is one file of github.com/karpathy/nanoGPT), and the next cell trains it on the same tokens, with its own AdamW
-# and the class as a first token of its own, as long as our 100 steps took (looks at held-back images included). Its rate was not searched for. In full, 300 seconds of nanoGPT at the size of the script, then how soon nano_ar reaches that loss:
+# Give the path of nanoGPT's `model.py` (github.com/karpathy/nanoGPT) in the environment variable `NANOGPT`, and the next cell trains it on the same tokens, with its own AdamW
+# and the class as a first token, as long as our 100 steps took (looks at held-back images included). In full, 300 seconds of nanoGPT at the size of the script, then how soon nano_ar reaches that loss:
 #
 #     python tests/bench_ar.py nanoGPT/model.py
 
@@ -407,7 +409,7 @@ else:
 
 # %% [markdown]
 # If you gave the path: nanoGPT's step is the cheaper one (positions in one dimension, no norm of queries and keys, no Muon), it takes more of them in the same time, and is behind. Tokens per second is not the goal; *seconds to a loss* is.
-# Which of the differences matters? Optimizer, positions, relu^2, outputs that start at zero: change one at a time, and see.
+# But this rival has one rate, 0.003, at which AdamW did worst above. Change one difference at a time, and see.
 #
 # ## Put it into the script
 #
@@ -437,19 +439,13 @@ with put(nano_ar, "orthogonalize", polar):
     band("nats", nats, muon_nats - 5, muon_nats + 5)
 
 # %% [markdown]
-# Twenty rounds, nearly all singular values 1 to many digits, and the loss moves by a nat or so, which one seed and 100 steps cannot tell from noise. Set that beside the distance to AdamW: what helps is that all directions are of
-# *one order*. So the five rounds with coefficients for speed give away next to nothing, and cost a quarter of the products (and smaller ones: `orthogonalize` works on the short side of a tall matrix).
+# The loss moves by a nat or so, which one seed and 100 steps cannot tell from noise. Set that beside the distance to AdamW: what helps is that all directions are of
+# *one order*. The five rounds give away next to nothing, and take 15 products, not 40 (and smaller ones: `orthogonalize` works on the short side of a tall matrix).
 #
-# ## What did not work
+# ## Your four guesses, and what did not work
 #
-# * **Compiling.** The compiler costs as much as many steps, in a run of 500; nano_ar does not compile. With thousands of steps on a GPU the sum is another one.
-# * **bf16 as a habit.** With the same code and the same loss it saves much of a step on one machine and costs a multiple on the next.
-# * **Token-Shuffle as a gift.** It saves calls by dropping a dependence that is there.
-# * **Exact orthogonality.** Fifteen more rounds, for a difference in the noise.
+# 1. Printed above: far from 64 for one image, nearer for a batch. 2. With a laptop's instructions: several times *slower*. 3. None; fifteen products a matrix. 4. Start at once, if others may join before every call.
 #
-# ## Your four guesses
+# What did not work: compiling a short run; bf16 as a habit; Token-Shuffle as a gift (it drops a dependence that is there); exact orthogonality, fifteen more rounds for a difference in the noise.
 #
-# 1. Printed above: far from 64 for one image, nearer for a batch. 2. With a laptop's instructions: several times *slower*. 3. None; fifteen products a matrix. 4. Neither: a server that decides before every call waits for nobody and has full batches.
-#
-# **Read on.** Jordan et al., *Muon* (2024, kellerjordan.github.io/posts/muon), with the search for the five coefficients; Higham, *Functions of Matrices* (2008), chapter 8, for the classic iteration; Yu et al., *Orca* (OSDI 2022) and Flover (arXiv:2305.13484) for
-# batches that never end; Ma et al., *Token-Shuffle* (arXiv:2504.17789). In the repository: `orthogonalize`, `Muon`, `generate` and `pick_device` of nano_ar.py, and lesson 60 for what happens inside one attention call.
+# **Read on.** Jordan et al., *Muon* (2024, kellerjordan.github.io/posts/muon), with the search for the three coefficients; Higham, *Functions of Matrices* (2008), chapter 8, for the classic iteration; Yu et al., *Orca* (OSDI 2022), and Flover. Lesson 60 looks inside one attention call.
