@@ -1,5 +1,4 @@
-"""Checks of lesson 52. Oracles: counting loops, powers of the companion matrix, simulated futures, quantiles and ranks of
-sorted lists, the integral of the law of an order statistic, and the exact coverage of new errors."""
+"""Checks of lesson 52. Oracles: counting loops, quantiles and ranks of sorted lists, the integral of the law of an order statistic, and the exact coverage of new errors."""
 
 import math
 
@@ -55,50 +54,6 @@ def check_coverage(coverage):
     close(coverage(e, -torch.ones(1, 3), torch.ones(1, 3), 2), torch.tensor([0.75, 1.0]), "4 known and 1 known, blocks of 2")
     close(coverage(torch.tensor([[[1.5]], [[-1.5]]]), torch.tensor([[-1.0]]), torch.tensor([[2.0]]), 1), torch.tensor([0.5]),
           "the worked example: offsets -1 and 2, errors 1.5 and -1.5")
-
-
-# --- psi weights ------------------------------------------------------------------------------------------------------
-
-
-def companion_power(lags, weights, horizon):
-    """psi_j is the first entry of the j-th power of the companion matrix."""
-    A = torch.diag(torch.ones(max(lags) - 1, dtype=torch.float64), -1)
-    for k, a in zip(lags, weights):
-        A[0, k - 1] = a
-    return torch.stack([torch.linalg.matrix_power(A, j)[0, 0] for j in range(horizon)])
-
-
-def wraps_around(lags, weights, horizon):
-    """Wrong: psi[-1] is the last entry of what there is, not a 0 before the shock."""
-    psi = [1.0]
-    for j in range(1, horizon):
-        psi.append(sum(a * psi[(j - k) % len(psi)] for k, a in zip(lags, weights)))
-    return torch.tensor(psi, dtype=torch.float64)
-
-
-@exercise(
-    ("no shock", "psi[0] = 1", "psi[0] = 0"),
-    ("the weights themselves", "a * psi[j - k]", "a * (j == k)"),
-    ("one lag too far", "psi[j - k] for", "psi[j - k + 1] for"),
-    ("lag j forgotten", "if k <= j", "if k < j"),
-    ("all weights count at once", "a * psi[j - k]", "a * psi[j - 1]"),
-    ("the last step forgotten", "range(1, horizon)", "range(1, horizon - 1)"),
-    ("psi before the shock is not 0", wraps_around),
-    ("powers of the sum of the weights", lambda lags, weights, horizon: torch.tensor([sum(weights) ** j for j in range(horizon)])),
-    ("lags counted from 0", "zip(lags, weights) if k <= j", "zip([k - 1 or 1 for k in lags], weights) if k <= j"),
-)
-def check_psi_weights(psi_weights):
-    close(psi_weights([1], [0.5], 3), torch.tensor([1, 0.5, 0.25]), "AR(1) with .5")
-    for lags, weights, horizon in (([1], [0.9], 1), ([1, 2], [0.5, 0.5], 5), ([1, 2, 5], [0.5, -0.3, 0.2], 9),
-                                   ([1, 24, 25], [0.6, 0.5, -0.3], 60), ([3], [-0.7], 11), ([2, 7], [0.3, 0.4], 2)):
-        close(psi_weights(lags, weights, horizon), companion_power(lags, weights, horizon), f"lags {lags}, weights {weights}", 1e-9)
-    # the deviation of simulated futures is sigma sqrt(sum psi^2)
-    paths = torch.zeros(40_000, 5, dtype=torch.float64)
-    for h in range(8):
-        new = 0.5 * paths[:, -1] - 0.3 * paths[:, -2] + 0.2 * paths[:, -5] + 0.7 * normal(40_000, seed=h)
-        paths = torch.cat([paths, new[:, None]], 1)
-    spread = 0.7 * torch.as_tensor(psi_weights([1, 2, 5], [0.5, -0.3, 0.2], 8)).square().cumsum(0).sqrt()
-    close(spread, paths[:, 5:].std(0), "the spread of 40,000 simulated futures", 0.02)
 
 
 # --- quantiles of past errors -----------------------------------------------------------------------------------------
