@@ -8,7 +8,7 @@
 # 3. A model has a billion weights. Does training it fit into 8 GB? Into eight devices of 8 GB?
 # 4. The batch does not fit into memory. Must you take a smaller one, and search the learning rate anew?
 #
-# What two cores can show is measured here. Everything beyond is **computed**, by the cells that you see, from assumptions that stand in them. One GPU was at hand for a quarter of an hour; what it said is quoted, and marked so.
+# What two cores can show is measured here; the rest is **computed**, from assumptions that stand in the cells. One GPU was at hand for a quarter of an hour; what it said is marked *quoted*.
 
 # %%
 import sys
@@ -20,7 +20,7 @@ from lessons.checks import band, lesson_70 as check, put, steps
 # %% [markdown]
 # ## One batch, several devices
 #
-# In **data parallelism** every device holds the whole model and takes a part of the batch. The loss is a mean over images, so its gradient is a mean, too, and a mean can be put together from parts:
+# In **data parallelism** every device (with a process of its own) holds the whole model and takes a part of the batch. The loss is a mean over images, so its gradient is a mean, too, and a mean can be put together from parts:
 #
 # $$\nabla\,\frac1B\sum_{i=1}^{B}\ell_i=\sum_{k=1}^{N}\frac{n_k}{B}\;\nabla\Big(\frac1{n_k}\sum_{i\in\text{part }k}\ell_i\Big).$$
 #
@@ -53,19 +53,19 @@ x = torch.tensor([0.0, 2, 10, 12])
 print("variance of all", x.var(correction=0).item(), "; mean of the variances of halves", x.view(2, 2).var(1, correction=0).mean().item())
 
 # %% [markdown]
-# The last line is the other trap: **not everything is a mean over images.** A variance, as in batch norm, is not; nor are the running means of a codebook, if each device moves its own. nano_var therefore calls `gather`: every process sees the vectors of the whole batch, and moves the same codes in the same way.
+# The last line is the other trap: **not everything is a mean over images.** A variance, as in batch norm, is not; nor are a codebook's running means, if each device moves its own. nano_var therefore calls `gather`: every process sees the vectors of the whole batch, and moves the codes in the same way.
 #
-# The global batch stays what it was. So the losses are the same, and **no learning rate has to be searched anew**. If instead each device keeps 64 images, the batch grows with N, the noise of its gradient falls, there are fewer steps in an epoch, and the rate is an open question again (Goyal et al. 2017, arXiv:1706.02677, multiply it by N, after a warm-up, for SGD; that need not hold for Muon).
+# The global batch stays what it was. So the losses are the same, and **no learning rate has to be searched anew**. If instead each device keeps 64 images, the batch grows with N, the noise of its gradient falls, there are fewer steps in an epoch, and the rate is open again (Goyal et al. 2017, arXiv:1706.02677, multiply it by N, after a warm-up, for SGD; that need not hold for Muon).
 #
 # ## The ring
 #
-# How do N devices add up? If each sends all it has to all others, it sends (N - 1) S bytes. In a **ring** each talks to its right neighbour alone. The vector is cut into N chunks. In a round every worker sends one chunk, all at the same time. In the first N - 1 rounds the receiver *adds* what comes to its own chunk; after these, each chunk is complete at one worker. In N - 1 more rounds the receiver *replaces* its chunk, and the complete ones go around. Each message is S / N bytes long, so a worker sends
+# How do N devices add up? Each could send all it has to all others: (N - 1) S bytes. In a **ring** each talks to its right neighbour alone. The vector is cut into N chunks, and in a round every worker sends one. In the first N - 1 rounds the receiver *adds* what comes to its own chunk of that number; after these, each chunk is complete at one worker. In N - 1 more the receiver *replaces* its chunk: the complete ones go around. A message is S / N bytes, so a worker sends
 #
 # $$2\,(N-1)\cdot\frac SN<2S,$$
 #
-# however many workers there are. (More workers are more rounds, and each costs a delay: for short vectors that is what counts.)
+# however many workers there are. (But each round costs a delay: for short vectors that is what counts.)
 #
-# **Exercise 2.** `schedule(N)`: 2 (N - 1) rows, one a round; entry w of a row is the number of the chunk, 0 to N - 1, that worker w sends to worker (w + 1) mod N. `schedule(2)` may be `[[0, 1], [1, 0]]`. Any schedule is right that leaves every sum at every worker, each addend in it once.
+# **Exercise 2.** `schedule(N)`: 2 (N - 1) rows, one a round; entry w of a row is the number of the chunk, 0 to N - 1, that worker w sends to worker (w + 1) mod N. `schedule(2)` may be `[[0, 1], [1, 0]]`. Any schedule is right that leaves every sum at every worker, each addend once.
 #
 # *Hint:* what came in the last round must go on in the next one.
 
@@ -106,17 +106,17 @@ for N in (2, 4, 8, 64):
     print(f"{N:2} workers: {2 * (N - 1) / N:.2f} S sent by each; {N - 1} S if each sends all to all")
 
 # %% [markdown]
-# The colour says how many addends a chunk holds, from one to four: the sums grow along a diagonal, and then spread.
+# Colour: how many addends a chunk holds, one to four. The sums grow along a diagonal, and then spread.
 #
 # ## The commands
 #
 #     torchrun --standalone --nproc_per_node=2 nano_ar.py
 #
-# starts two processes on this machine. On four hosts with eight GPUs each, the same line on every host, HOST being any one of them:
+# starts two processes on this machine (nano_var.py can, too; the other scripts cannot). On four hosts with eight GPUs each, the same line on every host, HOST being any one of them:
 #
 #     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 nano_ar.py --out SHARED/FOLDER
 #
-# Ranks are handed out when they meet; `--node_rank` is for the static rendezvous only, says `torchrun --help`. A checkpoint knows nothing of the number of processes: with `--resume` any number goes on, if all of them can read the folder. The next cell really runs one process, then two, with one thread each, and compares.
+# Processes get their numbers, the ranks, when they meet; `--node_rank` is for `--rdzv_backend=static` only. A checkpoint knows nothing of their number: with `--resume` any number goes on, if all can read the folder. Now one process, then two, with one thread each.
 
 # %%
 def run(processes, folder, *flags):
@@ -137,13 +137,12 @@ for size in ("--dim 32 --depth 1 --batch 8 --steps 40", "--dim 128 --depth 4 --b
     print(f"{size}: losses differ by {off:.0e} at most; two processes are {seconds / less:.2f} times as fast")
 
 # %% [markdown]
-# The losses agree. The ratio is what this machine gives now, busy or not: read yours. It falls short of 2 for three reasons that the formula knows: each process repeats Muon's products for *all* matrices, and the look at the test images; the gradients travel; and small operations cost their start whatever their size.
-# A tiny model can even be slower on two.
+# The losses agree up to rounding. The ratio is this machine's, busy or not: read yours. It falls short of 2 because each process repeats what is not divided (Muon's products for *all* matrices, the look at the test images), because gradients travel, and because small operations cost their start whatever their size: a tiny model consists of these, and can be slower on two.
 #
 # ## What a token costs
 #
-# A matrix with n weights takes n multiplications and n additions a token: **2 n** operations. The backward pass takes two such products, one for the gradient of the weights and one for that of the inputs: 6 n in all. Embeddings are looked up, and cost none. In a block of nano_ar, qkv has $3C^2$ weights, proj $C^2$, up and down $4C^2$ each; the head has $CV$.
-# Attention adds products without weights: scores and their mean of values, $2LC$ each forward (all L slots counted, as a plain implementation computes them), three times that with the backward pass.
+# A matrix with n weights takes n multiplications and n additions a token: **2 n** operations (FLOP; GFLOP: billions, TFLOP: thousands of billions). The backward pass takes two such products, one for the gradient of the weights and one for that of the inputs: 6 n in all. Embeddings are looked up, and cost none. In a block of nano_ar, qkv has $3C^2$ weights, proj $C^2$, up and down $4C^2$ each; the head has $CV$.
+# Attention adds products without weights: scores, and means of values, $2LC$ each forward (all L slots counted, masked ones too), three times that with the backward pass.
 #
 # **Exercise 3.** `flops_per_token(V, L, C, depth)`: operations of one training step per token, matrix products only. With V = 1, L = 1, C = 1, depth = 1: $6\cdot(12+1)+12=90$.
 #
@@ -174,13 +173,13 @@ for C, B in ((64, 16), (64, 64), (256, 16))[:steps(3, few=1)]:
     print(f"width {C:3}, batch {B:2}: {count / 1e9:6.1f} GFLOP, measured {took * 1000:6.0f} ms: {count / took / 1e9:.0f} GFLOP/s")
 
 # %% [markdown]
-# If time followed the formula, the last column would be one number. Wide products come nearer to what the processor can do; norms, rotations and softmax are not in the count, and weigh most in narrow models.
+# If time followed the formula, the last column would be one number. Wide products come nearer to the processor's best; norms, rotations and softmax are not counted, and weigh most in narrow models.
 #
 # ## What a device must hold
 #
-# For each weight: itself, its gradient, and what the optimizer remembers, 4 bytes each. Muon (matrices in blocks) keeps one velocity; AdamW (all else) a mean and a mean square. To these come **activations**, kept for the backward pass: they grow with batch times slots, not with the number of devices.
+# For each weight: itself, its gradient, and what the optimizer remembers, 4 bytes each. Muon (matrices in blocks) keeps one velocity; AdamW (all else) a mean and a mean square. To these come **activations**, kept for the backward pass: they grow with the images that one device takes, so data parallelism divides them, and nothing else.
 #
-# Data parallelism cannot train a model that is larger than a device: each holds all of it. **Sharding** (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054; FSDP in torch) divides it by N and fetches a layer when it is needed: stage 1 divides the optimizer's memory, stage 2 the gradients as well, stage 3 the weights, too. (Tensor parallelism cuts each matrix over devices; pipeline parallelism gives each device some of the layers.)
+# Data parallelism cannot train a model larger than a device. **Sharding** (ZeRO, Rajbhandari et al. 2020, arXiv:1910.02054; FSDP in torch) divides the other three by N: stage 1 the optimizer's memory, stage 2 the gradients as well, stage 3 the weights, too, each layer being fetched when needed. Stages 1 and 2 send no more than the ring, stage 3 half as much again (ZeRO, section 7). (Tensor parallelism cuts each matrix over devices; pipeline parallelism gives each device some of the layers.)
 #
 # **Exercise 4.** `state_bytes(inside, outside, N, stage)`: bytes on one of N devices without activations, all in 32 bits, for `inside` weights under Muon and `outside` weights under AdamW; stage 0 to 3. For 10, 1, N = 2: stage 0 gives 44 + 44 + 48 = 136, stage 1 gives 112.
 
@@ -222,7 +221,7 @@ for C, depth in ((64, 2), (128, 4)):
 # %% [markdown]
 # ## The GPU presets, computed and run
 #
-# For each transformer with `--preset gpu`: weights, memory in 32 bits (bf16 needs less), operations, and minutes on an **assumed** card: 8 GB, 25 TFLOP/s at its best, a fifth of it reached. Sampling, judging, tokenizers and data are left out. Activations are counted as in the cell above, 24 numbers for each slot, block and channel (20.7 and 24.2 were printed): an approximation for nano_var and nano_spec, whose blocks are much alike.
+# For each transformer with `--preset gpu`: weights, memory in 32 bits (bf16 needs less), operations, and minutes on an **assumed** card: 8 GB, 25 TFLOP/s at its best, a fifth of it reached. Left out: sampling, judging, data, tokenizers, the draft model, nano_var's AdaLN, Muon's products (below). Activations: 24 numbers for each slot, block and channel (20.7 and 24.2 were printed), as if all blocks were nano_ar's; three for each logit.
 
 # %%
 PEAK, REACHED, PER_BLOCK = 25e12, 0.2, 24
@@ -237,17 +236,17 @@ for name, script, L, V in (("nano_ar", nano_ar, 64, 1024), ("nano_var", nano_var
 print(f"cache in sampling: {2 * 8 * 64 * 384 * 4 / 1e6:.1f} MB for each row of nano_ar's preset")
 
 # %% [markdown]
-# By this count a preset that does not fit needs a smaller batch, accumulation (below), or fewer steps; two did, and were changed.
+# A preset that does not fit needs a smaller batch, accumulation (below), or fewer steps. Two did not fit, and were changed.
 #
-# *Quoted, one H200, bf16, other jobs beside it:* peak memory 3.8 GB for nano_ar, 6.0 for nano_var, 4.2 for nano_spec, 0.4 for nano_tok, 0.2 for nano_ts. All below the count, since bf16 halves most activations. The count of *time* was further off: nano_ar took 50 ms a step, 29 TFLOP/s on a card whose data sheet says 989. Matrices of width 384 are small there: it waits for Python to start the next kernel.
+# *Quoted, one H200, bf16, other jobs beside it:* peak memory 3.8 GB for nano_ar, 6.0 for nano_var, 4.2 for nano_spec. All below the count, since bf16 halves most activations. The *time* was further off: nano_ar took 50 ms a step, 29 TFLOP/s on a card whose data sheet says 989: 3 %, not a fifth. Matrices of width 384 are small there; probably it waits for Python to start the next kernel.
 #
-# *Quoted, the same run:* the preset then took 20,000 glyphs, each 51 times. After 800, 1,600, 2,400, 3,200, 4,000 steps the training loss was 54, 18, 12, 10, 9 nats an image, that of test images 111, 150, 177, 199, **210**: worse than from class and cell alone, 132. Yet the samples had gFD 1.41, *better than real images*, 2.11. nearest.png shows why: they are training images, a few pixels changed. The Fréchet distance compares two crowds, and a copied crowd is perfect. Only the likelihood of other images notices, or a look at the nearest neighbour.
+# *Quoted, the same run:* nano_ar's preset then took 20,000 glyphs, each 51 times. After 800, 2,400, 4,000 steps the training loss was 54, 12, 9 nats an image, that of test images 111, 177, **210**: worse than from class and cell alone, 132. Yet the samples had gFD 1.41, *better than real images*, 2.11. nearest.png shows why: training images, a few pixels changed. The Fréchet distance compares two crowds, and copies are as good a crowd as their originals. Only the likelihood of other images notices, or a look at neighbours.
 #
 # So the presets for images now draw 200,000 glyphs (`--data glyphs-200k`), each used five times by the transformers. As they stand they have not run in full: if you have a card, compare `test` with `train` first.
 #
 # ## Up to a billion weights
 #
-# A step computes, and sends 2 (N - 1) / N times the gradients. If sending hides behind computing, the time is the larger of the two; if not, their sum (drawn). Muon's products, which nobody divides, are a third part: for a block $280\,C^3$ operations a step.
+# A step computes, and sends 2 (N - 1) / N times the gradients. If sending hides behind computing, the larger of the two counts; if not, their sum (drawn). Muon's products, which nobody divides, are a third part. A matrix with sides $s\le l$ takes five rounds of $4s^2l+2s^3$ (lesson 22): $70\,C^3$ for qkv, 30 for proj, 90 each for up and down, $280\,C^3$ a block and step.
 # One pass over a million images of 256 tokens, 512 in a batch, links of 10 GB/s, devices of 100 TFLOP/s of which 40 % are reached: all assumed.
 
 # %%
@@ -272,7 +271,7 @@ right.legend(fontsize=7)
 plt.show()
 
 # %% [markdown]
-# With a fixed batch each device has less and less to do, while what it sends stays the same: the curves bend. And without sharding a billion weights take 12 GB on one device as on 64 (dotted: 8 GB); activations come on top.
+# With a fixed batch each device has less to do, while what it sends stays the same: the curves bend. Without sharding a billion weights take 12 GB on one device as on 64; stage 1 never gets below 8 GB (dotted). Activations come on top.
 #
 # ## Put it into the script: accumulation
 #
@@ -317,16 +316,16 @@ with put(nano_ar, "loss_of", in_parts):
     band("difference, nats", abs(whole - parts), 0, 0.05)
 
 # %% [markdown]
-# The same training, up to rounding, with the activations of 16 images instead of 64. The price: smaller products, so a little more time; no free lunch in operations, which are the same.
+# The same training, up to rounding, with the activations of 16 images instead of 64. The operations are the same; smaller products reach fewer of them in a second (GFLOP/s above). With several processes each `backward` would send: see `no_sync` of DistributedDataParallel.
 #
 # ## What did not work, or was not tried
 #
-# * **Twice the devices, half the time.** The stored run had two cores that were busy with other work: two processes were 1.59 times as fast with 0.9 million weights, .51 times with a tiny model. On idle cores expect more. What helps is many tokens for each device between two messages; width alone does not (see the curves), as operations and gradients both grow with $C^2$, and Muon with $C^3$.
-# * **Several GPUs, several hosts** were not at hand. Everything about them here is arithmetic; nccl has never run. Real links have delays.
-# * **Muon is not divided.** Each process orthogonalises all matrices. One could give each process some of them, and send the results around: for more devices that is the first thing to do.
+# * **Twice the devices, half the time.** In the stored run, on two idle cores, two processes were about 1.6 times as fast at nano_ar's width and depth, and half as fast with the tiny model. What helps is many tokens for each device between two messages; width alone does not (see the curves), as operations and gradients both grow with $C^2$, and Muon with $C^3$.
+# * **Several GPUs, several hosts** were not at hand. Here they are arithmetic; nccl has never run. Real links have delays.
+# * **Muon is not divided.** Each process orthogonalises all matrices. One could give each process some of them, and send the results around: with more devices, do that first.
 #
 # ## Your four guesses
 #
-# 1. Printed above, for your machine. 2. 1.75 S, and never 2 S. 3. No: 12 to 16 GB without activations; with stage 3 on eight devices 1.5 to 2 GB each. 4. No: accumulate, and change nothing else.
+# 1. Printed above, for your machine. 2. 1.75 S, and never 2 S. 3. No: 12 to 16 GB without activations; at stage 3 each of eight holds 1.5 to 2 GB. 4. No: accumulate, and change nothing else.
 #
 # **Read on.** Li et al., *PyTorch Distributed* (2020, arXiv:2006.15704), how sending hides behind the backward pass; Patarasuk & Yuan (2009), why the ring sends as little as possible; Rajbhandari et al., *ZeRO* (arXiv:1910.02054). In the repository: the block `processes` of nano_ar.py, and tests/test_processes.py, which shows that two processes train what one does.
