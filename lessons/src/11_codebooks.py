@@ -23,9 +23,10 @@ from lessons.checks import band, lesson_11 as check, put, steps
 # %% [markdown]
 # ## The clinic
 #
-# 3,000 glyphs, 1,000 more to test on, a network of 32 channels, 200 steps of 32 pictures: enough to get ill and to recover. `fit` puts a quantizer
-# into the script and trains it there. Three figures, all on the test images: **PSNR**; **usage**, the share of codes that occur at all;
-# **perplexity**, $e^{\text{entropy}}$, how many codes are in *effective* use: of k equally frequent codes it is k.
+# 3,000 glyphs, 1,000 more to test on, a network of 32 channels, 200 steps of 32 pictures: enough to get ill and to recover. `fit` puts a quantizer into the
+# script and trains it there. Three figures, all on the test images: **PSNR**, $10\log_{10}(255^2/\text{mean squared error})$ in dB, 3 dB more for half the
+# error; **usage**, the share of codes that occur at all; **perplexity**, $e^{\text{entropy}}$, how many codes are in *effective* use: of k equally frequent
+# codes it is k.
 
 # %%
 N = steps(3000, few=300)
@@ -103,13 +104,12 @@ with put(mine, "textbook", textbook):
 # spread like the vectors help a little, 32 %, and two thirds die all the same.
 #
 # Vectors of length 1 (LlamaGen's choice) are a real help: on a sphere nobody is far away. 76 % are used, and the pictures gain .9 dB, although the
-# length, one number of eight, is lost. (We nearly wrote that it ruins them: an early draft forgot to normalise in `lookup`, trained well, and
-# decoded with other codes than it had trained with.)
+# length, one number of eight, is lost. (A trap: without `F.normalize` in `lookup` it trains as well, and then decodes with other codes.)
 #
 # ## Means in place of gradients, and a second birth
 #
 # Codes need no gradient. The best place of a code is the mean of its vectors, so let it *be* this mean, with old vectors forgotten
-# (their appendix A.1): with n vectors in the batch choosing a code, s their sum, g = .95,
+# (van den Oord et al., appendix A.1): with n vectors in the batch choosing a code, s their sum, g = .95,
 #
 # $$\text{count}\leftarrow g\,\text{count}+(1-g)\,n,\qquad \text{total}\leftarrow g\,\text{total}+(1-g)\,s,\qquad \text{code}=\text{total}/\text{count}.$$
 #
@@ -173,9 +173,9 @@ plt.show()
 # %% [markdown]
 # Left: grey vectors, red codes. A mean alone does not cure: 27 %. With a second birth every code is used, and the pictures gain .7 dB.
 #
-# Now look at the last two lines of the table. Born on the worst served vector, always, or drawn in proportion to the error (the script's `spread`):
-# usage 100 % in both, PSNR the same, but perplexity 45.9 against 115.7. The worst served tend to be *outliers*. A code for each keeps it from
-# dying, and hardly anyone else ever comes. "100 % of the codes in use" is a sentence that hides much.
+# Now look at the last two lines of the table. Born on the worst served vector, always, or drawn in proportion to the error (the script's `draw_badly_coded`):
+# usage 100 % in both, PSNR the same, but perplexity 45.9 against 115.7. We think that the worst served are *outliers*: a code for each keeps it from dying, and
+# hardly anyone else ever comes. "100 % of the codes in use" is a sentence that hides much.
 #
 # ## No codebook: signs, and the pull of an entropy
 #
@@ -232,10 +232,10 @@ black = (F.max_pool2d(data.test_images[:, None].float(), 4) == 0).float().mean()
 print(f"cells of 4 x 4 pixels that are black and nothing else: {black:.0%}")
 
 # %% [markdown]
-# The entropies do what they promise: usage from 91 to 100 %, perplexity from 35.9 to 95.0. **And the pictures get worse**, 21.26 instead of 21.60 dB.
-# FSQ has no second loss at all and 240 codes, uses 64 effectively, and is as good as the best codebook: 23.13 dB. That tokens are evenly
-# used is no end in itself: two thirds of the cells are black, and nothing is gained by having forty words for it. LFQ was made for
-# alphabets of $2^{18}$ codes, where any table collapses. There the entropies may pay; here they do not.
+# The entropies do what they promise: usage from 91 to 100 %, perplexity from 35.9 to 95.0. **And the pictures get worse**, 21.26 instead of 21.60 dB. FSQ has
+# no second loss at all and 240 codes, uses 64 effectively, and is as good as the codebooks with a second birth: 23.13 dB. That tokens are evenly used is no end
+# in itself: two thirds of the cells are black, and many words for black gain nothing. LFQ was made for alphabets of $2^{18}$ codes. There the entropies may
+# pay; here they do not.
 #
 # Why is FSQ better than signs? Three numbers in 8, 6, 5 steps can say "a little more"; eight signs cannot.
 #
@@ -247,12 +247,12 @@ print(f"cells of 4 x 4 pixels that are black and nothing else: {black:.0%}")
 
 # %%
 fit("two codebooks of 16", nano_tok.VectorQuantizer(16, 8, depth=2))
-fit("two codebooks of 256", nano_tok.VectorQuantizer(256, 8, depth=2))
+fit("two codebooks of 256", nano_tok.VectorQuantizer(256, 8, depth=2));
 
 # %% [markdown]
 # (For several codebooks the figures are of the least used one.) At equal rate, 8 bits, two tables of 16 give 22.47 dB and one of 256 gives 23.17: the
 # second table has to serve what is left over from all sixteen codes of the first, as if it looked alike everywhere. In return they hold 32
-# vectors instead of 256. And where one table would be hopeless, 16 bits, two of 256 give 23.98.
+# vectors instead of 256. And at 16 bits, where one table would have 65,536 vectors, two of 256 give 23.98.
 #
 # ## Rounding after training
 #
@@ -323,15 +323,15 @@ plt.show()
 # the same signs and reaches 21.60: eight dB because the network was told in training. To equal the codebook of 8 bits, rounding afterwards takes 5
 # bits a number, **40 bits for a cell**; at 6 bits, the authors' choice, it is still 1.0 dB below its own best.
 #
-# A little noise in training (their network is a VAE, whose latents are noisy) makes neighbours of $z$ mean similar pictures. It gains up to 1 dB at
-# few bits and costs .8 dB at many. Not a cure for our small network, then. The point of the idea is another one: nothing collapses, and no rounding
-# disturbs the training. You pay in tokens, eight for a cell instead of one, and a generator has to predict them all.
+# A little noise in training (their network is a VAE, whose latents are noisy) makes neighbours of $z$ mean similar pictures. It gains up to 1 dB at few bits
+# and costs up to .9 dB at many. Not a cure for our small network, then. The point of the idea is another one: nothing collapses, and no rounding disturbs the
+# training. You pay in tokens, eight for a cell instead of one, and a generator has to predict them all.
 #
 # ## A decoder that forgives
 #
-# Tokens are made to be *generated*, and a generator errs. How well a tokenizer gives back perfect tokens (PSNR, rFD) says little about how it takes
-# wrong ones. RobustTok (Qiu et al., arXiv:2503.08354) proposes a measure and a cure. **pFD**: swap tokens for *near* codes, decode, and take the
-# Fréchet distance to real images. The cure: swap in training, too, so that the decoder has seen near misses.
+# Tokens are made to be *generated*, and a generator errs. How well a tokenizer gives pictures back from perfect tokens (PSNR; rFD, their Fréchet distance to
+# real ones, lesson 13) does not tell how it takes wrong ones. RobustTok (Qiu et al., arXiv:2503.08354) proposes a measure and a cure. **pFD**: swap tokens for
+# *near* codes, decode, and take the Fréchet distance to real images. The cure: swap in training, too, so that the decoder has seen near misses.
 #
 # **Exercise 5.** `perturb(index, codes, rank)`: index and rank are integers of one shape; rank 0 leaves a token as it is, rank k makes it the k-th
 # nearest *other* code. Worked: codes 0, 1, 3, 7; of code 1 the nearest others are 0, 3, 7: rank 2 gives index 2. *Trap:* two codes may be equal; rank
@@ -400,14 +400,14 @@ plt.show()
 # ## Answers, and what did not work
 #
 # 1. A fifth, and 15 of 256 effectively. Means and a second birth bring all 256 into use; simpler still is to have nothing that can die (FSQ).
-# 2. The one with 46 effective codes: 23.13 dB against 21.26. Perplexity tells you that a codebook is *sick* (15 of 256); of two healthy ones it does
-#    not choose the better.
-# 3. Five to equal a trained codebook at a fifth of the bits, and more than six until the loss is hard to see.
+# 2. The one with 46 effective codes: 23.13 dB against 21.26. They are of two kinds, but within one it is no different: dead codes to drawn or to worst served
+#    places, 115.7 and 45.9 in use, and the same PSNR; LFQ with entropies or without, 95.0 and 35.9, and the more even one is worse. Perplexity tells you that a
+#    codebook is *sick* (15 of 256); of two healthy ones it does not choose the better.
+# 3. Five equal a trained codebook, which needs a fifth of the bits for it; seven come within .3 dB of the network's own best.
 #
-# The decoder that forgives does forgive: with half of the tokens wrong it loses 2.05 dB where the plain one loses 2.64, and gives away .06 dB when
-# they are right. FD is lower in all three lines, but do not trust that: with batches of 64 in place of 32 the plain one was ahead where no token was
-# wrong. It is one seed, and two sets of real images are 3.26 apart. The authors' claim, that pFD foretells the quality of generated pictures better
-# than rFD, is not tested here: we swapped tokens ourselves, and generated none.
+# The decoder that forgives does forgive: with half of the tokens wrong it loses 2.05 dB where the plain one loses 2.64, and gives away .06 dB when they are
+# right. FD is lower in all three lines, but of one seed: repeat it before you believe it. The authors' claim, that pFD foretells the quality of generated
+# pictures better than rFD, is not tested here: we swapped tokens ourselves, and generated none.
 #
 # To try: `Robust` on FSQ, whose neighbours need no table of distances; `nano_ar.train` on `nano_tok.export(model, data)` of the plain and of the
 # robust tokenizer: which one draws better? Read on: SimVQ (arXiv:2411.02038), which moves all codes at once through one matrix, so that none is left
