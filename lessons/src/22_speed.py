@@ -413,7 +413,7 @@ else:
 #
 # ## Put it into the script
 #
-# Muon's polynomial is not the only one. The classic Newton-Schulz iteration $\frac32X-\frac12XX^\top X$ converges to exactly 1 from everywhere in $(0,\sqrt3)$, but lifts small values by 1.5 a round only: 0.001 needs 17 rounds and more.
+# The classic Newton-Schulz iteration $\frac32X-\frac12XX^\top X$ converges to exactly 1 from everywhere in $(0,\sqrt3)$, but lifts small values by 1.5 a round only: 0.001 needs 17 rounds and more.
 #
 # **Exercise 5.** `polar(G, dtype=torch.float32)`: like `nano_ar.orthogonalize`, (m, n) -> (m, n), but with 20 rounds of the classic iteration, starting from $G$ over its Frobenius norm (plus 1e-7, as a gradient may be 0). Products in `dtype`, the result in the dtype of G.
 
