@@ -745,6 +745,8 @@ def load_images(data, seed):
         fail(f"--data {data}: {str(error) or repr(error)}; give another file, or --data glyphs")
     mixed = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     test, train = mixed[:len(images) // 10], mixed[len(images) // 10:]
+    if (images[train] == images[train[0]]).all():
+        fail(f"--data {data}: all images are equal, there is nothing to learn; give another file")
     return images[train], labels[train], images[test], labels[test]
 # --- end shared
 

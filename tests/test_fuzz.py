@@ -199,6 +199,19 @@ def test_npz_files(what, tmp_path):
     assert NPZ[what][1] in said and len(said) > len("nano_ar: --data ") + len(str(tmp_path)) + 12, said
 
 
+@pytest.mark.parametrize("script", (AR, TOK, VAR), ids=lambda script: script.NAME)
+def test_equal_images_are_refused_and_two_different_ones_are_not(script):
+    """With a variance of 0, and a distance of 0 between real images, nothing that is divided by them says anything."""
+    first = torch.randperm(25, generator=torch.Generator().manual_seed(0))[0]  # it goes to the tenth to test on
+    dot, tested, two = (IMAGES.copy() for _ in range(3))
+    dot[:, 5:9, 5:9], tested[first], two[::2, 5:9, 5:9] = 255, 255, 255
+    for images in (IMAGES, np.full_like(IMAGES, 90), dot, tested):
+        np.savez("equal.npz", images=images, labels=LABELS)
+        assert "equal.npz: all images are equal" in refused(script, lambda: script.load_images("equal.npz", 0))
+    np.savez("two.npz", images=two, labels=LABELS)
+    assert [len(part) for part in script.load_images("two.npz", 0)] == [23, 23, 2, 2]
+
+
 def table(values=None, days=60, first="2024-01-01", header="date,v"):
     """Days, each with a value of its own."""
     dates = np.datetime64(first) + np.arange(days)
