@@ -25,19 +25,20 @@ to call.
     a tile is I = BLOCK_Q queries x J = BLOCK_K keys (attention)
 
 Which one runs: tensors on a CPU take torch; on an NVIDIA GPU the kernel, if its generation is sm_80 or later
-(2020: A100, RTX 30; the free T4 is sm_75). Two things take torch anyway: what torch.compile compiles, which
-makes kernels of its own from torch ops; and scan_attention when a gradient is asked for, as its kernel has no
-backward pass. What no kernel is made for (D > 128, V > 32768 in `sample`, float64)
-is an error on a GPU, not a silent detour. `path(tensor)` says which runs and why; `use("reference")` and
-`use("triton")` override. Without Triton (macOS, Windows) all is torch.
+(2020: A100, RTX 30; the free T4 is sm_75). Three things take torch anyway: what torch.compile compiles, which
+makes kernels of its own from torch ops; scan_attention when a gradient is asked for, as its kernel has no
+backward pass; and decode_attention, where its own kernel does not fit and each sample has its own length.
+What no kernel is made for (D > 128 or float64 in attention, V > 32768 in `sample`) is an error on a GPU, not
+a silent detour. `path(tensor)` says which runs and why; `use("reference")` and `use("triton")` override.
+Without Triton (macOS, Windows) all is torch.
 
 This torch path is called "reference" as a whole, although it takes torch's fused attention where that gives
 the same numbers sooner. The functions named .._reference are definitions: both paths are tested against them.
 
-They ran on one GPU, an H200 (sm_90; Triton 3.6), where `TRITON_INTERPRET=0 pytest tests/test_kernels.py`
-passed; for sm_80 they were compiled only. Triton's interpreter, in which they are tested on a CPU, had not
-shown three things that the device did: a copy of the whole cache at every token, tiles at half the speed, and
-a size that the compiler gets wrong (`decode_attention`). `python tests/bench_kernels.py` times them.
+The kernels ran on one GPU, an H200 (sm_90; Triton 3.6), and `TRITON_INTERPRET=0 pytest tests/test_kernels.py`
+passed there; for sm_80 they were compiled only. The device showed three faults, mended since, that Triton's
+interpreter, in which they are tested on a CPU, had not: a copy of the whole cache at every token, tiles at
+half the speed, a size that the compiler gets wrong (`decode_attention`). tests/bench_kernels.py times all.
 
 Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
 Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192,
@@ -153,7 +154,7 @@ class Mask:
     row_start: torch.Tensor
     row_end: torch.Tensor
     col_end: torch.Tensor
-    name: str = "mask"                  # "causal", "full": for masks of these functions alone; torch has them
+    name: str = "mask"                  # "causal" and "full" choose masks built into torch: not for others
 
     @property
     def shape(self):
@@ -335,8 +336,8 @@ def attention_reference(q, k, v, mask=None, scale=None):
     """softmax(scale q k^T) v written out, any float dtype -> output (B, H, N, D), log-sum-exp (B, H, N).
 
     N M scores a head go to the GPU's main memory and come back, then N M weights: 4 N M numbers. The kernel
-    moves q and o, N D each, and k and v, M D each: 64 times fewer at N = M = 4096, D = 64. Attention waits
-    for memory, not for arithmetic.
+    moves q and o, N D each, and k and v, M D each (every tile of queries reads these again, but the GPU's
+    cache has them by then): 64 times fewer at N = M = 4096, D = 64. Written out, attention waits for memory.
     """
     k, v = _share_heads(q, k), _share_heads(q, v)           # (B, H, M, D)
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 if scale is None else scale)     # (B, H, N, M)
@@ -374,7 +375,7 @@ def _attention_torch(q, k, v, mask, scale):
 # tl.dot is the product of two tiles on the tensor cores. They know float32 only with 10 bits of mantissa
 # (tf32): "tf32x3" splits each number into a large and a small part of 10 bits and adds three of the four
 # products, all but small x small; 16-bit inputs do not need it. Sums are always float32. tl.static_range is
-# unrolled by the compiler, which so knows `run` and leaves out the comparisons of whole tiles.
+# unrolled by the compiler, for which `run` then is a number: it leaves the comparisons of whole tiles out.
 
 
 @jit
@@ -547,10 +548,10 @@ def _attention_dkv(q, k, v, do, dk, dv, lse, delta, row_start, row_end, col_end,
 # BLOCK_Q, BLOCK_K, warps, stages for 16-bit inputs. A program is run by that many warps, of 32 threads each;
 # stages is how many loads run ahead of the arithmetic, each with a tile of its own in the shared memory of
 # the processor. "large" GPUs have 227 KB of that: sm_90 (H100), sm_100 (B200); "small" ones, all others, at
-# least 99 KB. All this changes the speed and not the result: any powers of two from 16 on would do. The large
-# ones are the fastest of eight to eleven tried on an H200 (bf16, batch 4, 1024 / D heads, 4,096 tokens,
-# causal); the slowest of those took 1.5 to 4.4 times as long. The small ones were chosen by what the compiler
-# reports (no registers spilled into memory), and never timed.
+# least 99 KB. All this changes the speed and not the result: any powers of two from 16 on would do. "large":
+# the fastest of eight to eleven tried on an H200 (bf16, batch 4, 1024 / D heads, 4,096 tokens, causal); the
+# slowest of those took 1.5 to 4.4 times as long. "small": chosen by what the compiler reports (no registers
+# spilled into memory), never timed.
 TILES = {  # large, D <= 64   large, D <= 128  small, D <= 64   small, D <= 128
     "forward": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
     "dq": [(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 2)],
@@ -567,7 +568,7 @@ def _tiles(name, q):
     major = _capability(q)[0]
     if major == 0:                                          # the interpreter: anything will do
         return 64, 32, 4, 1
-    if q.dtype == torch.float32:                            # three products for one, numbers twice as wide
+    if q.dtype == torch.float32:    # twice as wide, three products for one; 64 can fail, see decode_attention
         return 32, 32, 8, 2
     return TILES[name][(0 if major in (9, 10) else 2) + (0 if q.shape[-1] <= 64 else 1)]
 
@@ -694,7 +695,7 @@ def _decode_chunks(q, k, v, part_o, part_lse, lengths, R, S, rows, chunks, scale
     """A program for each chunk of keys of each key head: output and log-sum-exp for all queries of the head.
 
     The queries of the H / Hkv heads that share a key head lie one after the other, R tokens each: rows =
-    R H / Hkv, row x is token x % R. They fill a tile of ROWS >= rows, since tl.dot takes 16 at least anyway.
+    R H / Hkv, row x is token x % R. One tile of ROWS >= rows holds them: tl.dot wants 16 rows or more anyway.
     """
     z = (tl.program_id(0) // chunks).to(tl.int64)       # which of the B Hkv matrices; HEADS = Hkv
     chunk = tl.program_id(0) % chunks
@@ -721,9 +722,9 @@ def _decode_merge(part_o, part_lse, o, rows, chunks, D: tl.constexpr, CHUNKS: tl
     """A program for each query: its outputs from all chunks become one (D,).
 
     A finished chunk is like one key with score lse and value o: its summary is m = lse, u = 1, w = o. So this
-    is `summarize` over the chunks of a query; one that saw no key weighs 2^-inf = 0.
+    is `summarize` with chunks for keys; a chunk in which the query saw no key weighs 2^-inf = 0.
     """
-    x = tl.program_id(0)                                # which of the B Hkv rows queries
+    x = tl.program_id(0)                                # query x % rows of matrix x // rows, as stored
     c = tl.arange(0, CHUNKS)                            # CHUNKS >= chunks, a power of two
     at = ((x // rows).to(tl.int64) * chunks + c) * rows + x % rows      # (CHUNKS,)
     lse = tl.load(part_lse + at, mask=c < chunks, other=float("-inf"))
@@ -739,7 +740,7 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     (B, H, R, D), (Hkv, S) = q.shape, k.shape[1:3]
     rows = R * H // Hkv
     block, stages = (16, 2) if q.dtype == torch.float32 else (64, 3)    # keys of a tile
-    chunks = min(64, -(-S // 256))              # of 256 keys; at most 64 a head fill a GPU
+    chunks = min(64, -(-S // 256))              # of 256 keys or, as 64 a head fill a GPU, of S / 64
     part_o = torch.empty(B * Hkv, chunks, rows, D, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(B * Hkv, chunks, rows, dtype=torch.float32, device=q.device)
     _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, lengths, R, S, rows, chunks,
@@ -766,8 +767,8 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     the GPU), and the kernel reads S places then.
 
     Kernel: dtypes and D as for `attention`. It has no gradient, and takes R H / Hkv <= 32 queries of a key
-    head: else `attention` runs (or, with lengths in a tensor, torch). A cache that is not contiguous, or
-    whose D is not 16, 32, 64 or 128, is copied at every call.
+    head. Else `attention` runs or, with lengths in a tensor, torch. A cache that is not contiguous, or whose
+    D is not 16, 32, 64 or 128, is copied at every call.
     """
     op, S = "decode_attention", k_cache.shape[2]
     if torch.is_autocast_enabled(q.device.type):
@@ -779,8 +780,8 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     else:
         length = torch.as_tensor(length, device=q.device)
         _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
-    # The queries of a key head share one tile. At 64 rows Triton 3.6 multiplies float32 on sm_90 in pieces 8
-    # wide (wgmma m64n8k8), and reads memory that is not there
+    # The queries of a key head share one tile; more than 32 would need one of 64 rows. There Triton 3.6
+    # multiplies float32 on sm_90 in pieces 8 wide (wgmma m64n8k8), and reads memory that is not there
     few = R * H // k_cache.shape[1] <= 32
     with torch.autocast(q.device.type, enabled=False):
         if path(q).name == "triton" and few and not _needs_gradient(q, k_cache, v_cache):
