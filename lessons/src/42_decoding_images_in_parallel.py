@@ -4,11 +4,11 @@
 # **Guess first, and write your three answers down.**
 #
 # 1. A GPT draws a picture of 64 tokens in 64 calls. Without any second model, and with *exactly* its distribution: in how many calls can it be done?
-# 2. A method accepts more guesses than the exact rule does, because two codewords look alike and "it makes no difference". It accepts 10 % more. By how much
-#    has the distribution of a token changed: much less than 10 %, as much, or more?
+# 2. A method accepts more guesses than the exact rule does, because two codewords look alike and "it makes no difference". Of 100 guesses it keeps ten more. By how much
+#    has the distribution of a token changed, in total variation: much less than .10, as much, or more?
 # 3. Where is the price paid: at the first guess of a call, or at the later ones?
 #
-# `nano_spec.py` proves speculative decoding on text. Here the tokens are patches of a picture. A model of pictures is rarely sure of one token
+# `nano_spec.py` proves speculative decoding on text. Here the tokens are patches of a picture. A large model of pictures is rarely sure of one token
 # (many patches would do), so the exact rule refuses much, and papers relax it. We measure what they gain in calls, and what they pay.
 
 # %%
@@ -344,9 +344,9 @@ plt.show()
 # * The relaxed rules save little more: 16.0 (GSD), 15.0 (lenience), 14.5 and 12.5 (LANTERN). In the papers they save much more, on large codebooks where thousands of codes are nearly alike and the exact rule refuses most; ours has 64,
 #   and most cells are black.
 # * **gFD sees nothing of it.** All values lie within two standard errors of the plain model's 55.51, and LANTERN at .05 has the smallest. Four hundred pictures of a small model are too few to see a change of a few per cent in the law;
-#   the total variation sees it at once, from six pictures, because it compares laws and not samples. "No visible loss" is a statement about the test.
-# * **Question 3.** The price depends on the place. For LANTERN the first guess of a window pays .085 at $\delta$ = .2 and the mean over all guesses is .090; at .05 it is .047 against .060: later guesses are staler. For
-#   lenience it is the other way round, .048 against .035. The curves fall to place 3 (who gets so far is often in the black margin) and rise again. Measured at the first guess alone, one would look too dear, the other too cheap.
+#   the total variation sees it at once, from six pictures at a time, because it compares laws and not samples. "No visible loss" is a statement about the test.
+# * **Question 3.** That depends on the rule. For LANTERN the first guess of a window pays .085 at $\delta$ = .2 and the mean over all guesses is .090; at .05 it is .047 against .060: later guesses are staler. For
+#   lenience it is the other way round, .048 against .035. The curves fall to places 2 to 4 (who gets so far is often in the black margin), then rise. Measured at the first guess alone, one would look too dear, the other too cheap.
 # * By cell: the border is free, and all the price is paid in the middle, where the digit is. A mean over 64 cells hides that: .090 on average is several times as much where a stroke is decided. And there are 64 of them.
 #
 # ## Keep the rest
@@ -440,7 +440,7 @@ with put(nano_spec, "accept", accept_lenient):
 # %% [markdown]
 # The script's own rule takes 16.8 calls, our batch above 16.6: two programs, one law. The lenient rule takes 15.3.
 #
-# **What did not work.** The gFD of this lesson does not order the methods; only the total variation does. The relaxations gain at most a quarter of the calls here, where the papers report factors. Calls are not seconds: a call
+# **What did not work.** gFD. The relaxations gain at most a quarter of the calls here, where the papers report factors. Calls are not seconds: a call
 # on nine places costs a CPU more than a call on one, and our batched loop computes the whole picture each time. And the small model is a poor painter (46.3 nats per image after 400 steps), which no decoder can mend: exact means
 # exactly as good as the model.
 #
