@@ -29,7 +29,7 @@ torch.manual_seed(0)
 # Guo and Ermon 2025, arXiv:2504.20456) uses `apart` as the drafter and `chain` as the target: the model is its own draft.
 #
 # Worked: the order is 3, 0, 2, with $k=2$. Call 1, `apart`: guesses for 3 and 0. Call 2, `chain`: the law of 3 is the same in both, so the first guess **always** stays. The second stays with $\min(1,p/q)$; else the residual
-# gives it. So two calls gave two tokens, at least. Then one place is left: its guess from `apart` has the right law, no second call. Three calls, three tokens: never more calls than tokens.
+# gives it. Two calls, two tokens. Then one place is left: its guess from `apart` has the right law, no second call. Three calls, three tokens. A larger $k$ can keep more guesses of a round: never more calls than tokens.
 #
 # **Exercise 1.** `assd(model, known, places, k, dice)` -> the tokens at `places`, in this order, and the calls. `places` is the order in which the unknown cells are filled. `apart` and `chain` return laws (m, V), a row for each place asked.
 # After the first refusal the later guesses are void. If a round asks for one place only, there is nothing to check.
@@ -206,7 +206,7 @@ plt.show()
 # half is as good as with $k=1$, a bad one as bad. (0.921 nats per token in random order, from so small a network, is no great painter.) And this is the answer to question 1: cells that are drawn apart do not know each other; the second
 # call lets each know those before it, and repairs the few that do not fit.
 #
-# On the random tables above, $k=2$ saved nothing: two calls for two tokens, always. There the cells depend on each other as badly as they can. In a picture most of them are black, and known to be.
+# $k=2$ saves nothing with any model: two calls for two tokens, always. And $k=4$ saved less on the random tables (2.91 calls for 4 tokens) than here: there the cells depend on each other as badly as they can; in a picture most of them are black, and known to be.
 #
 # ## Any density
 #
@@ -381,12 +381,12 @@ with put(nano_spec, "accept", accept_routed):
 # %% [markdown]
 # Question 3. On places of the test text, the small model alone pays .336 of total variation per token. Asked at 42 % of the places, still .166; even a router that *knows* the total variation of each place would pay .110 there. The dot in the picture, the
 # exact rule with four guesses, pays nothing for about as many calls. In the script: exact, .474 calls per token, and the large model finds .995 nats per token in what was written. Routed: .759 calls and 1.405 nats: more calls,
-# *and* a worse text. Entropy is the wrong thing to ask: a law can be broad and right, or narrow and wrong.
+# *and* a text that the large model finds less likely. Entropy is the wrong thing to ask: a law can be broad and right, or narrow and wrong.
 #
 # To be fair to R2R: its router is a trained network that has seen where the two models part ways; it aims at right answers of long reasoning, not at a distribution; it makes no call where it asks nothing, while the script calls in every round; and its small
 # model writes on without waiting. What the lesson shows is the price of the principle: without a check there is always one.
 #
-# **What did not work.** Two guesses per round on random tables, entropy as a router, and the dot as a forecast: it takes the mean acceptance of test places, .664, as if places were independent, and says .39; the script, on text that the large model
+# **What did not work.** Two guesses per round, entropy as a router, and the dot as a forecast: it takes the mean acceptance of test places, .664, as if places were independent, and says .39; the script, on text that the large model
 # writes itself, took .474.
 #
 # Read on: ASSD, arXiv:2504.20456 (its theorem that calls never exceed tokens); sigma-GPT, arXiv:2404.09562; continuous speculative decoding, arXiv:2411.11925; R2R, arXiv:2505.21600. Lesson 20 has the price of orders, lesson 42 the price of
