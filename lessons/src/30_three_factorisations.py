@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 30 Three factorisations
 #
-# Next-scale prediction became known with a table: FID 18.65 down to 1.80 on ImageNet, and "around 20x faster" (VAR, Tian et al. 2024,
-# arXiv:2404.02905). Between the two rows many things had changed. Here only one changes: **which tokens are drawn together, and what they
-# have seen by then.** The pictures, the tokens, the network, the steps of training and the judge stay.
+# Next-scale prediction became known with one sentence: FID from 18.65 to 1.80 on ImageNet, "with around 20x faster inference" (VAR, Tian et al. 2024,
+# arXiv:2404.02905). Between the two many things had changed. Here only one changes: **which tokens are drawn together, and what they
+# have seen by then.** Pictures, tokens, network, steps and judge stay.
 #
 # **Guess first, and write your numbers down.**
 #
-# 1. A picture is 85 tokens. Drawn one by one they take 85 calls of the network, map by map 4. How many times faster is one picture alone? How many
-#    times in a batch of 64? And which of the two lets its tokens attend to *fewer* pairs?
+# 1. A picture is 85 tokens. Drawn one by one they take 85 calls of the network, map by map 4. How many times faster is one picture alone? And in a batch
+#    of 64? And which of the two attends to *fewer* pairs?
 # 2. In 4 calls the cells of a map are drawn without seeing each other. How many per cent more nats does that cost? And how many more, if a map may not
 #    even look at the coarser maps, but only at their sum?
 # 3. What is drawn is further from real pictures than the tokenizer alone. We put real tokens into the three coarse maps, and draw only the last one.
@@ -77,15 +77,15 @@ for axis, kind in zip(axes, check.MASKS):
 plt.show()
 
 # %% [markdown]
-# Three papers are easily mixed up here. **HMAR** is the third mask, and draws some maps again in masked rounds. **MVAR** (Zhang et al. 2025,
-# arXiv:2505.12742) looks at the map before alone, and there only at a neighbourhood of each cell. **M-VAR** (Ren et al. 2024, arXiv:2411.10433) also confines
-# attention to a map, but is *not* Markov: a linear-time Mamba layer runs through all maps and carries on what older ones said.
+# Three papers are easily mixed up. **HMAR** is the third mask, and draws some maps again in masked rounds. **MVAR** (Zhang et al. 2025,
+# arXiv:2505.12742) looks at the map before alone, and there at a neighbourhood of each cell. **M-VAR** (Ren et al. 2024, arXiv:2411.10433) also confines
+# attention to a map, but is *not* Markov: a linear-time Mamba layer runs through all maps.
 #
 # ## What a picture costs
 #
 # **Exercise 2.** `work(kind, scales, cached)` -> calls, slots, pairs for one picture. A slot is computed when it passes through the network; a pair is
 # one query looking at one key it may see. With a cache each call computes its new slots alone. Without one it computes all slots so far, under the mask.
-# A Markov call needs only its own map, cache or no cache. Worked, for `(1, 2)`: tokens (5, 5, 15), scales (2, 5, 1 + 4 * 5), Markov
+# A Markov call needs only its own map, cache or not. Worked, for `(1, 2)`: tokens (5, 5, 15), scales (2, 5, 1 + 4 * 5), Markov
 # (2, 5, 1 + 4 * 4); without cache tokens (5, 15, 1 + 3 + 6 + 10 + 15), scales (2, 6, 1 + 21).
 
 # %%
@@ -116,18 +116,18 @@ for name, kind, scales in (("raster", "tokens", GRID), ("tokens", "tokens", PYRA
         print(f"{name:7} {'cached' if cached else 'no cache':9}{calls:3} calls {slots:5} slots {pairs:6} pairs {flop / 1e6:7.1f} million operations")
 
 # %% [markdown]
-# Map by map is *more* work than token by token, if both have a cache: the same 85 slots and 59 % more pairs. Where does the speed come from, then? We
-# will see. Without a cache the tokens pay 43 times the slots; a "20 times faster" against an uncached loop would be that.
+# Map by map is *more* work than token by token, if both have a cache: the same 85 slots and 59 % more pairs. Where does the speed come from, then? Beside a
+# loop without cache, which computes 43 times the slots, anything is fast; below all have one.
 #
 # ## What drawing at once costs
 #
-# A picture of 2 x 2 cells is a stroke: one of the two rows or one of the two columns is lit, each with probability 1/4. Its entropy is $\log4$. Drawn at
-# once, each cell from its own law, every cell is lit with probability 1/2: 16 pictures, 1/16 each, and 12 of them do not exist. No training helps: of all
+# A picture of 2 x 2 cells is a stroke: one of the two rows or columns is lit, each with probability 1/4. Its entropy is $\log4$. Drawn at
+# once, every cell is lit with probability 1/2: 16 pictures, 1/16 each, and 12 of them do not exist. No training helps: of all
 # products this is the best one. For the drawn law $q$,
 #
 # $$\underbrace{\mathbb{E}_p[-\log q]}_{\text{loss}}=\underbrace{\mathbb{E}_p[-\log p]}_{\text{entropy}}+\underbrace{\mathrm{KL}(p\,\|\,q)}_{\text{total correlation}},$$
 #
-# here $\log16=\log4+\log4$.
+# here $\log16=\log4+\log4$. (For two cells the total correlation is the mutual information of lesson 20.)
 #
 # **Exercise 3.** `drawn_law(joint, groups)`: joint has one axis for each cell, and sums to 1; groups is a list of lists of cells. The groups are drawn in
 # this order, the cells of a group independently, each from its law given all groups before -> the law q of what is drawn, in joint's shape. What cannot occur gets
@@ -168,13 +168,13 @@ for name, p, groups in (*((name, stroke, groups) for name, groups in plans.items
 
 # %% [markdown]
 # Two calls can cost nothing or everything; it depends on what the first one has told. That is the hope of next-scale prediction: coarse maps that leave
-# the cells of the next map little to agree upon. Whether they do is a measurement.
+# the cells of the next map little to agree upon.
 #
 # ## One network for all three
 #
 # `nano_var.VAR` as it is, with two changes. Its blocks use our mask. And each slot has room to be told one more thing: the code of the token before it in its map.
-# Token by token that is what it must know. For scales and Markov this half of the input stays 0, and no weight is added or taken away. (Slots of a map
-# read the coarse sum in their own cell, so here, unlike in a GPT, the slot that predicts a token does not read the token itself.)
+# Token by token that is what it must know. For scales and Markov this half of the input stays 0, and no weight is added or taken away. (A slot
+# reads the coarse sum in the cell that it predicts; so nothing is shifted by one slot, as it is in a GPT.)
 
 # %%
 class Masked(nano_var.Block):
@@ -209,8 +209,8 @@ class Telling(nano_var.Pyramid):
         return torch.cat([inputs, torch.cat([F.pad(m, (0, 0, 1, -1)) for m in maps], 1)], -1), sums
 
 # %% [markdown]
-# To draw from it, we let the model be a **run**, as in lesson 23: a generator that *yields* logits for the next tokens and is *sent* these tokens. Who sends them, a
-# random generator or a file, is not its business. Here is the run that draws one by one; you will write the other.
+# To draw, we let the model be a **run**, as in lesson 23: a generator that *yields* logits for the next tokens and is *sent* these tokens, by
+# random numbers or by a file. Here is the run that draws one by one; you will write the other.
 
 # %%
 def one_by_one(model, pyramid, labels):
@@ -270,8 +270,8 @@ fit("markov")
 # %% [markdown]
 # ## The table
 #
-# Nats may be compared only where the tokens are the same: tokens, scales, Markov. Raster has other tokens, and only its pictures can be compared. "cut": the last map
-# drawn from its likeliest tokens of mass 0.5, as `nano_var` does it by default.
+# Nats may be compared only where the tokens are the same: tokens, scales, Markov. Raster has other tokens, and only its pictures can be compared. "Cut": the last map
+# is drawn from its likeliest tokens of mass 0.5, the default of `nano_var`.
 
 # %%
 judge = nano_var.train_judge(images, labels, 10, "cpu", 0, epochs=steps(4, 1))
@@ -321,13 +321,13 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# Guess 2: one by one 198.5 nats, map by map 218.3. Drawing at once costs 19.8 nats a picture, 10 %, and most of it lies in the 8 x 8 map. (Two trained
-# networks differ here, so it estimates the total correlation, no more.) The Markov mask costs nothing: 218.2. The sum of the coarser maps, which every slot
+# Guess 2: one by one 198.5 nats, map by map 218.3. Drawing at once costs 19.8 nats a picture, 10 %, most of it in the 8 x 8 map (an estimate of the total
+# correlation, from two trained networks). The Markov mask costs nothing: 218.2. The sum of the coarser maps, which every slot
 # reads, already says what attention to them could. Raster has the better pictures, gFD 6.6, on tokens of its own. The other three have 19.9, 26.8 and 27.9, with 400 pictures and one seed: one by one is
-# ahead; in the larger experiment by less than the noise.
+# ahead; in the larger experiment below by less than the noise.
 #
-# The experiment in full, three seeds, four blocks of width 128, 500 steps of 64, 20,000 glyphs; `python nano_var.py compare --seeds 3 --steps 500 --batch 64
-# --eval-every 100 --guidance 2` at commit `c9b124f` of this repository, which still holds the comparison. Bits are $\log_2$, mean and standard error:
+# That was `python nano_var.py compare --seeds 3 --steps 500 --batch 64 --eval-every 100 --guidance 2` at commit `c9b124f` of this repository: three seeds, four blocks of
+# width 128, 20,000 glyphs. Mean and standard error:
 #
 # | | calls | bits per image | gFD, guidance 1 | 1.5 | 2 |
 # |---|---|---|---|---|---|
@@ -338,8 +338,8 @@ plt.show()
 #
 # ## Twenty times faster, taken apart
 #
-# The time of a call is something that must be paid however little it does (reading the weights, starting some hundred operations), and something for each slot in it. We
-# measure calls of 1, 4, 16 and 64 slots, fit $a+b\cdot\text{slots}$, and predict a picture: $\text{calls}\cdot a+85\,b$.
+# A call costs something however little it does (reading the weights, starting its operations), and something for each slot in it. We
+# measure calls of 1, 4, 16 and 64 slots, fit $a+b\cdot\text{slots}$, and predict a picture: $\text{calls}\cdot a+85\,b$ (raster: 64 slots).
 
 # %%
 def call(B, n):
@@ -363,12 +363,12 @@ for axis, B in zip(axes, (1, 64)[:steps(2, 1)]):
 plt.show()
 
 # %% [markdown]
-# Guess 1: 21 times fewer calls made one picture alone 15.1 times faster than token by token, and 10 times faster than raster. In a batch of 64 it is 2.4 and 1.7 times: there the work in the slots fills the time, and all that were measured compute 64 or 85 of them. "20 times faster" is a statement about
-# batch 1. (Your machine will print other numbers; the two ends of the story should stay.)
+# Guess 1: 21 times fewer calls made one picture alone 15.1 times faster than token by token, and 10 times faster than raster. In a batch of 64 it is 2.4 and 1.7 times: there the work in the slots fills the time, and all compute 64 or 85 of them. "20 times faster" is a statement about
+# batch 1.
 #
 # ## Which map is to blame?
 #
-# At full size the same disease shows: what is drawn is much further from real glyphs than what the tokenizer loses. `nano_var`'s hook `change` makes the
+# What is drawn is much further from real glyphs than what the tokenizer loses. `nano_var`'s hook `change` makes the
 # experiment a line: keep the first maps of a real picture, draw the others.
 
 # %%
@@ -391,8 +391,8 @@ plt.legend()
 plt.show()
 
 # %% [markdown]
-# The same at full size, with the script as it was at commit `2d9f77d` (`python nano_var.py`, seed 0, guidance 1, and the cell above); gFD of 2,000 glyphs,
-# or of MNIST's 1,000 pictures, with the last map whole / cut to its likeliest half:
+# The same at full size, at commit `2d9f77d` (`python nano_var.py`, seed 0, guidance 1, and the cell above); gFD of 2,000 glyphs
+# or 1,000 MNIST pictures, last map whole / cut:
 #
 # | real maps | all four (tokenizer) | three | two | one | none |
 # |---|---|---|---|---|---|
@@ -402,7 +402,7 @@ plt.show()
 # Guess 3: with the coarse maps real and only the last one drawn, about half of the distance is still there (glyphs 6.62 of 12.31). Cut to its likeliest half, the last
 # map does hardly any harm (1.95), and what is left comes from the coarse maps, mostly from 4 x 4. In our small run the last map alone makes all the distance: 22.7 with three real maps, 23.6 with none.
 #
-# The first suspect is the law itself: perhaps the network spreads too much probability over unlikely tokens, and cutting repairs that. One can test it. A law
+# The first suspect is the law: perhaps the network spreads too much probability over unlikely tokens. A law
 # is **calibrated** if the true token lies outside its likeliest tokens just as often as the law itself says.
 #
 # **Exercise 4.** `outside(logits, tokens, p)`: logits (..., V), tokens (...). The nucleus of p: the likeliest tokens, as few as hold at least p. -> two floats: the share of
@@ -432,20 +432,17 @@ for p in (0.5, 0.9, 0.99):
     print(f"last map, nucleus of {p}: {seen:.1%} of true tokens outside, the model expects {expected:.1%}")
 
 # %% [markdown]
-# At full size 44.7, 8.2 and 0.7 % lie outside. So the laws are right, cell by cell, and cutting is no repair of them. What is wrong is the *product*: the cells of one map are
-# drawn independently, given the maps before. Each takes a rare token now and then, as it should; but real pictures have their rare tokens together. Two thirds of the cells
-# of the last map (66 %, full size) are empty background, and still cost 2.6 nats each.
+# So the laws are calibrated, cell by cell, at full size too (`nano_var.draw`), and cutting is no repair of them. What is wrong is the *product*: the cells of one map are
+# drawn independently, given the maps before. Each takes a rare token now and then, as it should; but real pictures have their rare tokens together. The cut helps, but does not sample the
+# model's law any more: it trades variety for agreement.
 #
-# **Guesses that were tried at full size and refuted** (gFD with the last map whole, before: 13.4 in that series): draw the last map in four masked rounds, trained for it:
-# 14.9. Train longer, 2,400 steps for 900: 14.7. Make rarer codes dearer (entropy-constrained codes): 54 nats less at equal PSNR, pictures no better.
-# Train the decoder on disturbed last maps: 5.8 with the cut, where 5.94 was. The cut helps, but it does not sample the model's law any more: it trades
-# variety for agreement. And one guess held: let the coarse maps say more. `nano_var.train_tokenizer` tells how, and what it gained; the tokenizer of
+# Tried at full size (not shown) and refuted: the last map in four masked rounds; longer training; a price on rare codes; a decoder trained on disturbed last maps.
+# One guess held: let the coarse maps say more. `nano_var.train_tokenizer` tells how, and what it gained; the tokenizer of
 # this lesson has it.
 #
 # ## The same law, on disk
 #
-# Lesson 23 wrote `raster` to disk, with a run. A run of maps makes files, too, and draws.
-#
+
 # **Exercise 5.** `by_maps(model, pyramid, labels)`: yields the logits (B, s², V) of one map after the other, and is sent its tokens (B, s²). What the
 # model reads is `nano_var.area(total, side)`, total the sum of the maps so far, first 0. After a map, `pyramid.grow(tokens, side)` joins the sum. `model(inputs, labels, cache,
 # start)`, start the number of the map's first slot. *Hint:* `one_by_one` above is nearly it, and longer.
@@ -484,11 +481,11 @@ for run, name in ((one_by_one, "tokens"), (check.map_run, "scales"), (check.map_
     on_disk(run, name, steps(50, 3))
 
 # %% [markdown]
-# Every token comes back, and the files are as long as the losses say, within a byte. Fifty pictures take 1789 bytes one by one and 1980 map by map: the price of drawing at once, 191 bytes, in a form that one can weigh. The same tokens, the same network, another factorisation.
+# Every token comes back, and the files are as long as the losses say, within a byte. Fifty pictures take 1789 bytes one by one and 1980 map by map: the price of drawing at once, 191 bytes.
 #
 # ## In the script's place
 #
-# Your run draws, in place of the script's loop, with the same random numbers; and it writes the file.
+# Your run draws, with the same random numbers, and writes the file.
 
 # %%
 def generate(model, pyramid, labels, rng, guidance=1.0, temperature=1.0, top_p=None, change=None):
@@ -505,10 +502,10 @@ with put(nano_var, "generate", generate):
 # %% [markdown]
 # ## What did not work
 #
-# The small experiment on blame cannot show what the coarse maps cost: its gFD does not grow as more of them are drawn. The model is too weak for it; only the full-size table separates the two. All rows here are one seed.
+# The small experiment on blame cannot show what the coarse maps cost: its gFD does not grow as more of them are drawn. All cells here ran with one seed.
 #
 # ## Where to read on
 #
-# * VAR, arXiv:2404.02905, algorithms 1 and 2; HMAR, arXiv:2506.04421, on attention inside a scale and on masked rounds; MVAR, arXiv:2505.12742; M-VAR, arXiv:2411.10433.
+# * VAR, algorithms 1 and 2; HMAR, on attention inside a scale and on masked rounds; MVAR; M-VAR.
 # * `kernels.py`, `scales` and `markov`; `nano_var.draw`, on why the last map is cut.
 # * Lesson 20 has the price of diagonals, lesson 43 cells drawn together without it, lesson 32 other pyramids.
