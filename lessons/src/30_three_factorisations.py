@@ -442,7 +442,6 @@ for p in (0.5, 0.9, 0.99):
 #
 # ## The same law, on disk
 #
-
 # **Exercise 5.** `by_maps(model, pyramid, labels)`: yields the logits (B, s², V) of one map after the other, and is sent its tokens (B, s²). What the
 # model reads is `nano_var.area(total, side)`, total the sum of the maps so far, first 0. After a map, `pyramid.grow(tokens, side)` joins the sum. `model(inputs, labels, cache,
 # start)`, start the number of the map's first slot. *Hint:* `one_by_one` above is nearly it, and longer.
@@ -502,7 +501,7 @@ with put(nano_var, "generate", generate):
 # %% [markdown]
 # ## What did not work
 #
-# The small experiment on blame cannot show what the coarse maps cost: its gFD does not grow as more of them are drawn. All cells here ran with one seed.
+# The small experiment on blame cannot show what the coarse maps cost: its gFD does not grow as more of them are drawn. All is one seed.
 #
 # ## Where to read on
 #
