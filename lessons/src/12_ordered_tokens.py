@@ -59,9 +59,9 @@ def nested_loss(x, encoder, decoder, p):
 check.check_nested_loss(nested_loss)
 
 # %% [markdown]
-# What is its minimum? For *one* length k the answer is old (Eckart and Young 1936): with a linear decoder no k numbers do better than the projections on
-# the first k right singular vectors of the data (its principal components, if its mean is 0). The singular vectors of length k + 1 are those of length k and one more. So one
-# solution is best *for each length at once*, and the probabilities do not matter at all, as long as none is 0.
+# What is its minimum? For *one* length k the answer is old (Eckart and Young 1936): with a linear decoder no k numbers do better than the projections on the
+# first k right singular vectors of the data (its principal components, if its mean is 0). The singular vectors of length k + 1 are those of length k and one
+# more. So one solution is best *for each length at once*, and the probabilities do not matter at all, as long as none is 0.
 #
 # **Exercise 2.** `in_order(x, K)`: x (N, P) -> encoder (P, K), decoder (K, P) with the least `nested_loss` for any p. The network has no biases,
 # so do not move the data. Worked: pictures (2, 0), (-2, 0), (0, 1), (0, -1): the first direction is (1, 0), length 1 leaves the error ½, length 2
@@ -109,13 +109,13 @@ show(plt.figure(figsize=(6, 4)).gca(), [F.normalize(row, dim=1).view(K, 16, 16) 
 plt.show()
 
 # %% [markdown]
-# With both laws that draw short lengths, every prefix is within .2 % of the least possible. Without it the same space comes out (the last figure of
-# the first line is 1.001) in another basis: the shorter prefixes are 3 to 5 % worse than they could be. (Numbers 3 and 4 are
-# still mixed, cosines .79 and .78, or .63 and .62, though the error hardly notices.) Order costs *nothing* here.
+# With both laws that draw short lengths, every prefix is within .2 % of the least possible. Without them the same space comes out (the last figure of the first
+# line is 1.001) in another basis: the shorter prefixes are 3 to 5 % worse than they could be. (Numbers 3 and 4 stay mixed, cosines .62 to .79, though the error
+# hardly notices.) Order costs *nothing* here.
 #
 # ## Where nothing is known: sixteen integers
 #
-# Now the real thing. `nano_tok --queries 16`: as in TiTok (Yu et al., arXiv:2406.07550), 16 learned *queries* read the 64 cells of the encoder; what
+# `nano_tok --queries 16`: as in TiTok (Yu et al., arXiv:2406.07550), 16 learned *queries* read the 64 cells of the encoder; what
 # each has gathered is rounded to one of 256 codes. In the decoder 64 queries, one for each cell, read the 16 tokens. No token has a place.
 #
 # Order comes from nested dropout, with a mask: after token k the decoder gets zeros. (Not quite nothing: it adds to each token a learned vector
@@ -129,7 +129,7 @@ plt.show()
 # | `nano_tok` | 1 to 16 for a quarter of the pictures, else 16 | each picture |
 #
 # Three small tokenizers, 300 steps on 3,000 glyphs: fixed, ordered as in the script, and for comparison a **dense** one, a token for each of 64
-# cells, with codebooks of 4 codes: $64\cdot 2=16\cdot8=128$ bits. And a fourth, whose fixed length is 4.
+# cells, with a codebook of 4: $64\cdot 2=16\cdot8=128$ bits. And a fourth, whose fixed length is 4.
 
 # %%
 def fit(words, nested=True, count=300):
@@ -161,7 +161,7 @@ whole = {name: nano_tok.psnr(nano_tok.decode(tokens[name], models[name]), test_i
 print(f"mean image {mean_image:.2f}; dense, 64 tokens of 2 bits, {whole['dense']:.2f}; fixed length 4 {whole['fixed, 4']:.2f}")
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9.5, 3), layout="constrained", width_ratios=(3, 2))
+figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), layout="constrained", width_ratios=(3, 2))
 names = [(name, k) for name in ("fixed", "ordered") for k in (1, 2, 4, 8, 16)]
 pictures = [test_images[:12]] + [nano_tok.decode(tokens[name][:12], models[name], k) for name, k in names]
 show(axes[0], pictures, ["original"] + [f"{name} {k}" for name, k in names])
@@ -170,18 +170,17 @@ for name, curve in curves.items():
     axes[1].plot(lengths, curve, ".-", label=name)
 axes[1].axhline(mean_image, color="gray", ls=":", label="mean image")
 axes[1].plot([4, 16], [whole["fixed, 4"], whole["dense"]], "k*", ls="", label="fixed 4; dense, 128 bits")
-axes[1].set(xlabel="tokens", ylabel="PSNR (dB)")
+axes[1].set(xlabel="tokens", ylabel="PSNR (dB)", xticks=[1, 4, 8, 12, 16])
 axes[1].legend(fontsize=7)
 plt.show()
 
 # %% [markdown]
-# Question 1: no. The first of 16 tokens that never had to stand alone gives 12.08 dB, *less* than the mean image, 12.75, for which no token is needed.
-# Four still do not reach it. (This decoder has never met zeros; what another one could read from token 1 we do not know.) With nested dropout the
-# first token alone beats the mean image, 13.55 dB.
+# Question 1: no. The first of 16 tokens that never had to stand alone gives 12.08 dB, *less* than the mean image, 12.75. Four still do not reach it. (This
+# decoder has never met zeros: another one might read more.) With nested dropout the first token alone beats the mean image, 13.55 dB.
 #
 # But the theory ends here. Order was free in the linear case; here the whole sequence falls from 20.14 to 19.51 dB, and 4 ordered tokens, 15.39 dB, are
-# far behind a tokenizer made for length 4, 18.06 dB. **Fixed length is the rival to beat**, what it cannot do is to change its length.
-# Whether the size of the network or its 300 steps are to blame, we have not measured. (All figures: 1,000 test glyphs, seed 0.)
+# far behind a tokenizer made for length 4, 18.06 dB. **Fixed length is the rival to beat**; but it cannot change its length.
+# Whether the size of the network or its 300 steps are to blame, we have not measured. (1,000 test glyphs, seed 0.)
 #
 # The dense tokens have 19.32 dB for the same 128 bits: behind fixed queries, about level with ordered ones, and 64 tokens instead of 16.
 #
@@ -210,11 +209,10 @@ for row, (name, which) in zip(axes, places.items()):
 plt.show()
 
 # %% [markdown]
-# A dense token changes its cell, by 71 to 110. The ordered ones fall from 470 for token 1 to 83 for token 16, not without exceptions (token 8 has
+# A dense token changes its cell, by 71 to 110. The ordered ones fall from 470 for token 1 to 83 for token 16, with exceptions (token 8 has
 # 336, token 12 only 5): a rough ranking. The fixed ones have none.
 #
-# Unexpectedly, although nothing ties a query to a place, most of these maps are spots. These queries divide the picture among themselves almost as a
-# grid would.
+# Although nothing ties a query to a place, most of these maps are spots: the queries divide the picture among themselves almost as a grid would.
 #
 # ## When to stop
 #
@@ -321,9 +319,9 @@ with put(mine, "halt", halt):
         print(f"{name:12} tokens until the error is .02 (17 dB): {true.mean():.1f}; in one pass {fast.mean():.1f}")
 
 # %% [markdown]
-# Question 3: something else. At 6 tokens on average: one length 16.71 dB, one quality 17.00, one price **17.37**. (All three choose among prefixes of *one* ordered
-# tokenizer; the one made for 4 tokens has 18.06. And the length itself, up to 4 bits, is not counted.) One quality for all is right only
-# if you have promised a quality.
+# Question 3: something else. At 6 tokens on average: one length 16.71 dB, one quality 17.00, one price **17.37**. (All three choose among prefixes of *one*
+# ordered tokenizer; the one made for 4 tokens has 18.06. And the length itself, up to 4 bits, is not counted.) One quality for all is right only if you have
+# promised a quality.
 #
 # **One pass.** KARL need not decode 16 times: its encoder is told the wanted error, and marks the tokens that are superfluous. Ours is a sketch of
 # that *after* training: least squares from the 64 latents and their squares to the logarithms of the 16 errors, and then the same two rules on
@@ -334,8 +332,8 @@ with put(mine, "halt", halt):
 #
 # ## Better pictures back, better pictures drawn?
 #
-# `nano_ar` learns the tokens of each tokenizer: same network, 300 steps, 1,000 drawings. **rFD** and **gFD** are Fréchet distances to the test
-# images (lesson 13) of what comes back and of what is drawn; and how often a classifier sees the digit that was asked for.
+# `nano_ar` learns the tokens of each tokenizer: same network, 300 steps, 1,000 drawings. **rFD** and **gFD** are Fréchet distances to the test images (lesson
+# 13) of what comes back and of what is drawn; "right" is how often a classifier sees the digit that was asked for.
 
 # %%
 judge = nano_ar.train_judge(train_images, train_labels, 10, "cpu", 0, epochs=steps(8, few=1))
@@ -372,12 +370,12 @@ show(plt.figure(figsize=(8, 2.6)).gca(), rows, [*drawn, "ordered, 1", "ordered, 
 plt.show()
 
 # %% [markdown]
-# Question 2: PSNR does not tell. It ranks fixed, ordered, dense: 20.14, 19.51, 19.32 dB. In these three what is drawn ranks the other way: gFD 49.4,
-# 46.2, 31.4, and .682, .757, .861 of the digits are right. By rFD (28.4, 34.1, 27.6) dense is first already in what comes back. What counts is also
-# how well tokens can be foreseen: 73.5 nats a picture for the fixed ones, 66.9 ordered, 23.7 dense, where 128 bits are 88.7.
+# Question 2: PSNR does not tell. It ranks fixed, ordered, dense: 20.14, 19.51, 19.32 dB. What is drawn ranks the other way: gFD 49.4, 46.2,
+# 31.4, and .682, .757, .861 of the digits are right. By rFD (28.4, 34.1, 27.6) dense is first already in what comes back. What may count, too, is how much is
+# left to guess of the 88.7 nats that 128 bits are: 73.5 in fixed tokens, 66.9 in ordered, 23.7 in dense ones. (This compares tokens. Models of different tokens
+# it cannot compare: lesson 00.)
 #
-# It is one seed, and fixed and ordered differ little in gFD. At equal bits the dense tokens win; what queries
-# save is *calls*, 16 against 64.
+# It is one seed, and fixed and ordered differ little in gFD. The dense tokens win; what queries save is *calls*, 16 against 64.
 #
 # The digit can be read in .22 of the drawings after 1 token, .45 after 4, .72 after 8. FlexTok gets by with few: its decoder is a generator itself,
 # and paints something sharp from any prefix. Ours answers doubt by blur.
@@ -385,9 +383,9 @@ plt.show()
 # ## Your own law in the script
 #
 # **Exercise 5.** Tail drop as in One-D-Piece: `forward(self, images, rng)` in place of `Tokenizer.forward`: images (B, 32, 32), floats from 0 to 1 -> the
-# images rebuilt from the first k of the K = `self.queries` tokens, index, the quantizer's loss. k is 1 to K, all equally likely, drawn from `rng`, and **one for
-# the whole batch**. There are `self.latents(images)` -> z, `self.quantizer(z, rng)` -> q, index, loss, and `self.rebuild(q, keep)` with a length
-# for each image, keep (B,). *Trap:* the upper end of `torch.randint` is not included.
+# images rebuilt from the first k of the K = `self.queries` tokens, index, the quantizer's loss. k is 1 to K, all equally likely, drawn from `rng`, and **one
+# for the whole batch**. There are `self.latents(images)` -> z, `self.quantizer(z, rng)` -> q, index, loss, and `self.rebuild(q, keep)` with a length for each
+# image, keep (B,). *Trap:* the upper end of `torch.randint` is not included.
 
 # %%
 def forward(self, images, rng):
@@ -415,11 +413,10 @@ with put(nano_tok.Tokenizer, "forward", forward):
 # ## What did not work
 #
 # * **Free order.** True for matrices, wrong for this network: .63 dB for our law, 2.13 dB for tail drop (18.01 dB against 20.14).
-# * **Tail drop as published.** It wins at 4 tokens (16.86 dB against 15.39), and from 9 tokens on its curve is flat: 18.02, 18.02, ... 18.01. In
-#   300 steps tokens 10 to 16 have learned nothing, though token 10 is there in 7 steps of 16. Hence the script's quarter: choose the law by the lengths that you will use.
+# * **Tail drop as published.** It wins at 4 tokens (16.86 dB against 15.39), and from 9 tokens on its curve is flat: 18.02, 18.02, ... 18.01. Tokens 10 to 16
+#   have learned nothing in 300 steps, though token 10 is there in 7 of 16. Choose the law by the lengths that you will use.
 # * **"Easier to foresee is easier to generate", alone.** The tokens of tail drop cost fewer nats than the ordered ones (62.2 against 66.9), and gFD is
 #   worse, 63.2: its pictures are already far away when the tokens are perfect, rFD 65.1. Both ends count.
-# * A token need not help: 16 % of them make their picture worse. A mean curve that rises does not mean that each picture's does.
 #
 # To try: the law of FlexTok (1, 2, 4, 8 or 16) in exercise 5; 2,000 steps; `K = 8` in the linear case: do the components still come in order?
 #
