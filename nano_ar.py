@@ -462,8 +462,7 @@ def fetch(folder, name, url, checksum):
         kind, digest = checksum.split(":")
         if hashlib.new(kind, content).hexdigest() != digest:
             raise OSError(f"what came from {url}{name} is damaged")
-        path.with_suffix(".part").write_bytes(content)
-        os.replace(path.with_suffix(".part"), path)              # atomic
+        write(path, content)
     return path
 # --- end shared
 
@@ -850,18 +849,24 @@ def pick_device(name, precision):
 
 
 # --- shared: checkpoint
-def save(path, state):
-    """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
-    content, part = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save({"script": NAME, **state}, content)               # torch would hide that a disk is full
+def write(path, content):
+    """Write bytes so that `path` is always all of the old file or all of the new one."""
+    part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())                     # on the disk before it has the name: power may fail
         os.replace(part, path)                                   # atomic
     finally:
         part.unlink(missing_ok=True)                             # half a file is of no use
+
+
+def save(path, state):
+    """Keep tensors and plain types; by way of the memory, for torch would hide that a disk is full."""
+    content = io.BytesIO()
+    torch.save({"script": NAME, **state}, content)
+    write(path, content.getbuffer())
 
 
 def load(path):
@@ -957,14 +962,16 @@ def main(argv=None):
     if part in ("all", "sample", "eval"):               # classes as frequent as in the test set
         labels = data.test_labels[torch.arange(config.samples) % len(data.test_labels)]
         samples = draw(config, model, labels, data.decode)
-        np.savez_compressed(out / "samples.npz", images=samples.numpy(), labels=labels.numpy())
+        packed = io.BytesIO()
+        np.savez_compressed(packed, images=samples.numpy(), labels=labels.numpy())
+        write(out / "samples.npz", packed.getbuffer())
         draw_samples(out, samples, labels, data.train_images)
     if part in ("all", "complete"):
         complete(config, model, data, out)
     if part in ("all", "eval"):
         metrics |= evaluate(config, model, data, samples, labels) | {"history": state["history"]}
         metrics["seconds"] = time.time() - begun
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        write(out / "metrics.json", json.dumps(metrics, indent=1).encode())
         print_summary(SimpleNamespace(**metrics))
     return metrics
 

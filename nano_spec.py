@@ -1033,18 +1033,24 @@ def pick_device(name, precision):
 
 
 # --- shared: checkpoint
-def save(path, state):
-    """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
-    content, part = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save({"script": NAME, **state}, content)               # torch would hide that a disk is full
+def write(path, content):
+    """Write bytes so that `path` is always all of the old file or all of the new one."""
+    part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())                     # on the disk before it has the name: power may fail
         os.replace(part, path)                                   # atomic
     finally:
         part.unlink(missing_ok=True)                             # half a file is of no use
+
+
+def save(path, state):
+    """Keep tensors and plain types; by way of the memory, for torch would hide that a disk is full."""
+    content = io.BytesIO()
+    torch.save({"script": NAME, **state}, content)
+    write(path, content.getbuffer())
 
 
 def load(path):
@@ -1176,7 +1182,7 @@ def main(argv=None):
             metrics["methods"], costs = bench(config, models, data, metrics["tv"])
             print_bench(metrics["methods"], costs)
             metrics |= {"costs": costs, "history": state["history"], "seconds": time.time() - begun}
-            (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+            write(out / "metrics.json", json.dumps(metrics, indent=1).encode())
             print(f"total {metrics['seconds']:.0f} s")
     return metrics
 

@@ -619,8 +619,7 @@ def fetch(folder, name, url, checksum):
         kind, digest = checksum.split(":")
         if hashlib.new(kind, content).hexdigest() != digest:
             raise OSError(f"what came from {url}{name} is damaged")
-        path.with_suffix(".part").write_bytes(content)
-        os.replace(path.with_suffix(".part"), path)              # atomic
+        write(path, content)
     return path
 # --- end shared
 
@@ -971,18 +970,24 @@ def pick_device(name, precision):
 
 
 # --- shared: checkpoint
-def save(path, state):
-    """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
-    content, part = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save({"script": NAME, **state}, content)               # torch would hide that a disk is full
+def write(path, content):
+    """Write bytes so that `path` is always all of the old file or all of the new one."""
+    part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())                     # on the disk before it has the name: power may fail
         os.replace(part, path)                                   # atomic
     finally:
         part.unlink(missing_ok=True)                             # half a file is of no use
+
+
+def save(path, state):
+    """Keep tensors and plain types; by way of the memory, for torch would hide that a disk is full."""
+    content = io.BytesIO()
+    torch.save({"script": NAME, **state}, content)
+    write(path, content.getbuffer())
 
 
 def load(path):
@@ -1046,7 +1051,7 @@ def run_bpe(config, out):
     clock.append(time.perf_counter())
     train_tokens, tokens = bpe.encode(text[:cut]), bpe.encode(text[cut:])
     clock.append(time.perf_counter())
-    (out / "bpe.json").write_text(json.dumps(list(bpe.rank)), encoding="utf-8")
+    write(out / "bpe.json", json.dumps(list(bpe.rank)).encode())
     longest = sorted(bpe.bytes, key=len)[-6:]
     print(f"bpe: {len(text) / 1e6:.2f} MB, {len(bpe.bytes)} entries in {clock[1] - clock[0]:.2f} s; encodes "
           f"{len(text) / 1e6 / (clock[2] - clock[1]):.1f} MB/s\n     {cut / len(train_tokens):.2f} bytes per "
@@ -1096,13 +1101,15 @@ def main(argv=None):
         tokens, plain = export(model.eval(), data), {}
         for name in ("train_tokens", "train_labels", "test_tokens", "test_labels"):
             plain[name] = getattr(tokens, name).int().numpy()
-        np.savez_compressed(out / "tokens.npz", **plain, rows=tokens.rows, columns=tokens.columns,
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **plain, rows=tokens.rows, columns=tokens.columns,
                             codebook_size=tokens.codebook_size)
+        write(out / "tokens.npz", packed.getbuffer())
         draw_reconstructions(out, model, data)
         if not config.queries:
             draw_codes(out, model, data.test_images)
         metrics |= evaluate(model, data) | {"history": state["history"], "seconds": time.time() - begun}
-        (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+        write(out / "metrics.json", json.dumps(metrics, indent=1).encode())
         print_summary(SimpleNamespace(**metrics), model.quantizer.size)
     return metrics
 

@@ -478,8 +478,7 @@ def fetch(folder, name, url, checksum):
         kind, digest = checksum.split(":")
         if hashlib.new(kind, content).hexdigest() != digest:
             raise OSError(f"what came from {url}{name} is damaged")
-        path.with_suffix(".part").write_bytes(content)
-        os.replace(path.with_suffix(".part"), path)              # atomic
+        write(path, content)
     return path
 # --- end shared
 
@@ -833,13 +832,14 @@ def forecast(ladder, name, out):
     middle, low, high = (ladder.unscale(x) for x in (ahead, ahead - width, ahead + width))
     T = len(series.dates)                               # counted from the first: after 30 Jan, 28 Feb 30 Mar
     dates = [advance(series.dates[0], series.step, T - 1 + k) for k in range(1, H + 1)]
-    with open(out / "forecast.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        titles = [[column, column + "_lower", column + "_upper"] for column in series.columns]
-        writer.writerow(["date", *itertools.chain(*titles)])
-        for h, date in enumerate(dates):
-            row = np.stack([middle[:, h], low[:, h], high[:, h]], 1).flatten() # three numbers of each column
-            writer.writerow([date] + [f"{number:.6g}" for number in row])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    titles = [[column, column + "_lower", column + "_upper"] for column in series.columns]
+    writer.writerow(["date", *itertools.chain(*titles)])
+    for h, date in enumerate(dates):
+        row = np.stack([middle[:, h], low[:, h], high[:, h]], 1).flatten()     # three numbers of each column
+        writer.writerow([date] + [f"{number:.6g}" for number in row])
+    write(out / "forecast.csv", file.getvalue().encode())
     print(f"wrote {out / 'forecast.csv'}: {H} steps, {dates[0]} to {dates[-1]}")
     draw_forecast(series, dates, middle, low, high, f"{name}, {level:.0%} bounds", out / "forecast.png")
     return {"coverage": inside, "first": str(dates[0]), "last": str(dates[-1])}
@@ -941,18 +941,24 @@ def pick_device(name):
 
 
 # --- shared: checkpoint
-def save(path, state):
-    """Write tensors and plain types so that `path` is always all of the old file or all of the new one."""
-    content, part = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save({"script": NAME, **state}, content)               # torch would hide that a disk is full
+def write(path, content):
+    """Write bytes so that `path` is always all of the old file or all of the new one."""
+    part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            file.write(content.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())                     # on the disk before it has the name: power may fail
         os.replace(part, path)                                   # atomic
     finally:
         part.unlink(missing_ok=True)                             # half a file is of no use
+
+
+def save(path, state):
+    """Keep tensors and plain types; by way of the memory, for torch would hide that a disk is full."""
+    content = io.BytesIO()
+    torch.save({"script": NAME, **state}, content)
+    write(path, content.getbuffer())
 
 
 def load(path):
@@ -1047,7 +1053,7 @@ def main(argv=None):
         metrics |= forecast(ladder, best, out)
     metrics["params"], metrics["seconds"] = sum(map(numbers, ladder.models(best))), time.time() - began
     # numbers only: what a lesson or a table in a README is made from
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    write(out / "metrics.json", json.dumps(metrics, indent=1).encode())
     print(f"total {metrics['seconds']:.0f} s")
     return metrics
 

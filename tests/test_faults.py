@@ -5,6 +5,7 @@ that a seed has chosen, and costs no second start of torch. More of them: NANO_K
 """
 import contextlib
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -328,6 +329,64 @@ def test_a_full_disk_costs_one_line_and_leaves_the_old_checkpoint_whole(script, 
         status, said = in_a_fork(run)
         assert status == 2 and said.startswith(f"{script.NAME}: cannot use") and said.count("\n") == 1, said
         assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+WRITES = {  # a part of the script, the files that it writes, in order, besides pictures
+    nano_ar: ("eval --samples 20", ("samples.npz", "metrics.json")), nano_tok: ("eval", ("tokens.npz", "metrics.json")),
+    nano_var: ("eval --samples 20", ("samples.npz", "metrics.json")), nano_spec: ("bench --new 8", ("metrics.json",)),
+    nano_ts: (f"forecast --data {DATA}/days.csv --model repeat --horizon 2 --period 1 --level 0.5", ("forecast.csv", "metrics.json")),
+}
+
+
+def no_room(at):
+    """An os.fsync that finds the disk full, with half of a file on it, at its call number `at`."""
+    calls = []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) == at:
+            os.ftruncate(file, os.fstat(file).st_size // 2)
+            raise OSError(28, "no space left", "a file")
+    return fsync
+
+
+@scripts
+def test_results_are_all_of_the_old_file_or_all_of_the_new(script, whole, tmp_path, monkeypatch):
+    """The disk is full at each of the writes in turn: what came before is new, this one and all after it are old."""
+    days = [f"2024-01-{i + 1:02},{i * i % 7}" for i in range(31)] + [f"2024-02-{i + 1:02},{i * i % 7}" for i in range(29)]
+    (DATA / "days.csv").write_text("\n".join(["date,v", *days]) + "\n")
+    part, names = WRITES[script]
+    argv = [*part.split(), "--device", "cpu", "--out", str(tmp_path)]
+    if script is not nano_ts:
+        shutil.copy(whole(script)[0] / "last.pt", tmp_path)
+        monkeypatch.setattr(script, *{nano_spec: ("bench", lambda *_: ({}, {}))}.get(script, ("evaluate", lambda *_: {})))
+        monkeypatch.setattr(script, "print_bench" if script is nano_spec else "print_summary", lambda *_: None)
+    for at in range(1, len(names) + 2):                          # the last time nothing fails
+        for name in names:
+            (tmp_path / name).write_bytes(b"old")
+        monkeypatch.setattr(os, "fsync", no_room(at))
+        with contextlib.redirect_stdout(io.StringIO()):
+            if at <= len(names):
+                assert "no space left" in stopped(script, script.main, argv)
+            else:
+                script.main(argv)
+        assert [(tmp_path / name).read_bytes() == b"old" for name in names] == [i >= at - 1 for i in range(len(names))]
+        assert not list(tmp_path.glob("*.part"))
+    assert json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    for name in names[:-1]:                                      # the first is a table or arrays, and whole
+        assert (tmp_path / name).read_bytes()[-1:] == b"\n" if name.endswith("csv") else len(np.load(tmp_path / name).files) > 1
+
+
+@forks
+@scripts
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(script, tmp_path):
+    def run():
+        os.fsync = torn(1, 0.5)
+        script.write(tmp_path / "metrics.json", b"new" * 1000)
+    (tmp_path / "metrics.json").write_bytes(b"old")
+    assert in_a_fork(run)[0] == -signal.SIGKILL and (tmp_path / "metrics.json").read_bytes() == b"old"
+    script.write(tmp_path / "metrics.json", b"new" * 1000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"metrics.json": b"new" * 1000}
 
 
 LOSSES = {nano_ar: "loss_of", nano_var: "nats", nano_spec: "loss_of"}
