@@ -3,9 +3,9 @@
 #
 # **Guess first, and write your two numbers down.**
 #
-# 1. One query has 8,192 scores, too many for fast memory. Its softmax needs the largest score (so that no exponential overflows), the
-#    sum of the exponentials, and a division for every key; then the values are summed with these weights. How many times must the
-#    scores be read?
+# 1. A tile of 128 queries has 8,192 scores each, too many for the fast memory of a processor. Softmax needs the largest score (so that no
+#    exponential overflows), the sum of the exponentials, and a division for every key; then the values are summed with these weights. How
+#    many times must the scores be read?
 # 2. A next-scale model attends over a pyramid of 680 tokens; its mask hides 38 % of all pairs of query and key. A kernel works on
 #    tiles of 128 queries by 64 keys and skips what the mask hides. How much of the work does it save?
 #
@@ -87,8 +87,8 @@ def online(s, v, tile):
 check.check_online(online)
 
 # %% [markdown]
-# Here is one row of 64 scores on its way, key by key. Where the maximum jumps, the old sum shrinks and the output leaps to the newcomer's value;
-# in the end it is exactly where it must be.
+# Here is one row of 64 scores on its way, key by key. Where the maximum jumps, the old sum shrinks and the output leaps towards the
+# newcomer's value; in the end it is where it must be.
 
 # %%
 rng = torch.Generator().manual_seed(4)
@@ -121,7 +121,7 @@ written, kernel = 4 * N * M, (2 * N + 2 * M) * D
 print(f"written out {written / 1e6:.1f} million numbers, one pass {kernel / 1e6:.1f} million: {written / kernel:.0f} times less")
 
 # %% [markdown]
-# (The keys are read again for every tile of queries, but a whole head of them fits the second cache of a GPU.)
+# (The keys are read again for every tile of queries, but a whole head of them fits the L2 cache of a GPU.)
 #
 # ## Masks are a few integers
 #
@@ -210,8 +210,8 @@ for name, mask in masks.items():
 
 # %% [markdown]
 # The next-scale mask hides 38 % of the pairs, and a kernel can skip 24 %: at most 1.3 times faster than no skipping at all. Causal
-# attention over 680 tokens gains 1.6, not 2. Tiles on the edge are computed in full and then thrown away in part; only a longer sequence makes the
-# edge thinner. The picture shows where the work goes.
+# attention over 680 tokens gains 1.6, not 2. Tiles on the edge are computed in full and then thrown away in part; in a longer sequence, or
+# with smaller tiles, the edge is a smaller share. The picture shows where the work goes.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
@@ -230,9 +230,9 @@ plt.show()
 #
 # ## Your first kernel
 #
-# A Triton kernel is a function that is started once for each cell of a **grid**, all at the same time. A program asks for its number, computes the
-# addresses of a block of numbers (pointer plus offsets), loads it, works on it, stores. Blocks are powers of two; a mask keeps loads and
-# stores inside the tensor. This one doubles a vector, four numbers a program:
+# A Triton kernel is a function that is started once for each cell of a **grid**. These *programs* run side by side, in no promised order. A
+# program asks for its number, computes the addresses of a block of numbers (pointer plus offsets), loads it, works on it, stores. Blocks
+# are powers of two; a mask keeps loads and stores inside the tensor. This one doubles a vector, four numbers a program:
 
 # %%
 from kernels import jit, tl  # triton.jit and triton.language, where triton is installed
@@ -310,11 +310,11 @@ def flash(q, k, v, o, N, scale, D: tl.constexpr, BLOCK: tl.constexpr):
 check.check_flash(flash)
 
 # %% [markdown]
-# Now open `kernels.py` at `_fold`: it is your loop, with the mask lists in place of the diagonal, base 2 in place of base e (the hardware has an
-# instruction for $2^x$), and the largest tile that fits the registers.
+# Now open `kernels.py` at `_fold`: it is your loop, with the mask lists in place of the diagonal, base 2 in place of base e (the hardware
+# has an instruction for $2^x$), and "tf32x3": on a GPU `tl.dot` keeps 10 bits of a float32's mantissa unless told otherwise.
 #
-# **What the interpreter does not show.** It runs programs one after another, so two that write to the same place never collide. It accepts what the
-# compiler refuses. And it computes 16-bit brain floats wrongly, without a word:
+# **What the interpreter does not tell.** It runs programs one after another, so two that write to the same place never collide. It accepts
+# what the compiler refuses. And it computes bfloat16 wrongly, without a word:
 
 # %%
 @jit
@@ -330,7 +330,17 @@ for dtype in (torch.float32, torch.bfloat16) if kernels.interpreting() else ():
     print(dtype, out.tolist())
 
 # %% [markdown]
-# That is why `kernels.py` hands the interpreter float32, and why its tests also compile every kernel for two generations of GPUs.
+# So `kernels.py` hands the interpreter float32, and its tests also compile every kernel for two generations of GPUs. Neither saw what a GPU did
+# (measured on an H200, Triton 3.6, bfloat16, `python tests/bench_kernels.py`):
+#
+# * **A copy.** `F.pad` copies its input even if there is nothing to add. So at every new token the whole cache was copied: 0.886 ms in place of
+#   0.259 at 64 x 16 heads x 4096 x 64; torch's own 0.248.
+# * **Slow tiles.** Chosen by the compiler's report (no register spilled), forward and backward took 0.518 and 1.765 ms at 4 x 16 x 4096 x 64; the
+#   fastest of about ten that were timed take 0.411 and 1.467, torch's own 0.334 and 0.938.
+# * **A crash.** Float32 products of 64 rows by 16 keys became instructions (wgmma m64n8k8) that read memory which is not there. So
+#   `decode_attention` takes at most 32 queries of a key head.
+#
+# And at 64 x 4 x 64 x 32 launching from Python costs more than the work: forward 0.13 to 0.26 ms, torch's own 0.012 to 0.025.
 #
 # ## Backward
 #
@@ -348,7 +358,7 @@ p, dp = torch.tensor([0.5, 0.5]), torch.tensor([3.0, 1.0])
 print(f"delta = {(p * dp).sum():.0f}, ds = {(p * (dp - (p * dp).sum())).tolist()}, without delta {(p * dp).tolist()}")
 
 # %% [markdown]
-# What one score gains the other must lose; without $\delta$ both would be told to grow.
+# What one score gains the other must lose; without $\delta$ both would be pushed the same way.
 #
 # **Exercise 6.** `backward(q, k, v, o, lse, do, seen, scale)`: q, o, do (B, H, N, D), k and v (B, H, M, D), lse (B, H, N), seen (N, M) boolean, True where
 # query i sees key j -> the tuple dq, dk, dv. No autograd.
