@@ -104,6 +104,12 @@ def check_state_bytes(state_bytes):
             close(float(state_bytes(inside, outside, N, stage)), truth, f"{inside} and {outside} weights, {N} devices, stage {stage}", 1e-6)
 
 
+def keep_all(model, tokens, labels):
+    """A wrong solution: nothing is passed back before the caller does, so that all activations stay."""
+    parts = zip(tokens.split(16), labels.split(16))
+    return sum(nano_ar.loss_of(model, t, y) * len(t) for t, y in parts) / len(tokens)
+
+
 @exercise(
     ("every part counts as much as the whole", "* len(t) / len(tokens)", ""),
     ("equal weights for unequal parts", "* len(t) / len(tokens)", "/ len(tokens.split(16))"),
@@ -111,6 +117,8 @@ def check_state_bytes(state_bytes):
     ("the last part is lost", "return whole + loss - loss.detach()", "return whole + 0 * loss"),
     ("the last part twice", "return whole + loss - loss.detach()", "return whole + 2 * loss - 2 * loss.detach()"),
     ("labels of the first part", "labels.split(16)", "labels.roll(1).split(16)"),
+    ("the whole batch at once", nano_ar.loss_of),
+    ("in parts, but all activations kept", keep_all),
 )
 def check_in_parts(in_parts):
     for B, V in ((3, 5), (16, 9), (40, 20)):
@@ -120,7 +128,12 @@ def check_in_parts(in_parts):
         tokens, labels = torch.randint(V, (B, 6)), torch.arange(B) % 3
         truth = F.cross_entropy(model(tokens, labels).flatten(0, 1), tokens.flatten())
         wanted = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
+        sizes = []
+        counted = model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
         ours = in_parts(model, tokens, labels)
+        counted.remove()
+        need(max(sizes, default=0) <= 16, f"batch {B}: parts of {sizes} images, wanted at most 16")
+        need(B <= 16 or model.head.weight.grad is not None, f"batch {B}: no part called backward: the activations of all are kept")
         close(ours, truth, f"batch {B}: the loss", 1e-4)
         ours.backward()
         for (name, p), g in zip(model.named_parameters(), wanted):
