@@ -220,7 +220,7 @@ def check_Absolute(Absolute):
 @exercise(
     ("a cache of the old length", "model.length = tuple(scales), sum(s * s for s in scales)", "model.length = tuple(scales), model.length"),
     ("cells counted, not measured", "nano_var.places(s) for s", "torch.cartesian_prod(torch.arange(s), torch.arange(s)).float() for s"),
-    ("places from 0 to 1", "nano_var.places(s) for s", "nano_var.places(s) / 8 for s"),
+    ("levels that learn", "requires_grad=False", "requires_grad=True"),
     ("cosines and sines swapped", "model.cos, model.sin =", "model.sin, model.cos ="),
     ("turned for one head of the whole width", "dim // heads", "dim"),
     ("the old levels cut off", "torch.zeros(len(scales), dim)", "torch.cat([model.level, model.level, model.level])[:len(scales)].clone()"),
@@ -242,6 +242,7 @@ def check_relist(relist):
         need(ours.cos.shape == (L, 4) and ours.sin.shape == (L, 4), f"{scales}: tables {tuple(ours.cos.shape)}, wanted {(L, 4)}")
         close(ours.cos, table[0], f"{scales}: cosines"), close(ours.sin, table[1], f"{scales}: sines")
         need(tuple(ours.level.shape) == (len(scales), 16), f"{scales}: a row of zeros in level for each map")
+        need(not ours.level.requires_grad, f"{scales}: a gradient would move level, which the next list throws away")
         fresh.load_state_dict(kept, strict=False)
         nn.init.zeros_(fresh.level)
         x = torch.randn(2, L, 4, generator=seeded(2), dtype=torch.float64)

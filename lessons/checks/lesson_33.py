@@ -115,7 +115,7 @@ def rounded(w, u, n):
     ("u not divided by n", "(torch.arange(n) + u) / n", "(torch.arange(n) / n + u) % 1"),
     ("weights not summed up", "w.cumsum(0)", "w"),
     ("as many as there were", "(torch.arange(n) + u) / n", "(torch.arange(len(w)) + u) / len(w)"),
-    ("the best one n times", "torch.searchsorted(edges, points, right=True)", "w.argmax().expand(n)"),
+    ("one beyond the last", ".clamp(max=len(w) - 1)", ""),
     ("one too far", "(torch.arange(n) + u) / n", "(torch.arange(1, n + 1) + u) / n"),
 )
 def check_systematic(systematic):
@@ -131,6 +131,8 @@ def check_systematic(systematic):
         need(bool(((counts - n * w).abs() < 1).all()), f"weights {parts}, n = {n}: a count is 1 or more away from n w")
         close(counts.mean(0), n * w, f"weights {parts}, n = {n}: mean count over all u is n w, exactly")
     close(systematic(torch.tensor([0.5, 0.3, 0.2]).double(), 0.5, 4), torch.tensor([0, 0, 1, 2]), "the worked example")
+    w = torch.full((10,), 0.1, dtype=torch.float64) - 1e-9  # as rounding may leave it: a sum just below 1
+    close(systematic(w, 1 - 1e-10, 1), torch.tensor([9]), "a point beyond the last edge belongs to the last candidate")
 
 
 class Tape:
