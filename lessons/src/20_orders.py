@@ -10,7 +10,7 @@
 # 3. 64 calls become 15. Is drawing 4.3 times faster?
 #
 # Lesson 00 ended with a map: what is a token, and in which order do they come? Here is the second question, with tokens, network, steps
-# and judge kept equal.
+# and the judging classifier kept equal.
 
 # %%
 import sys
@@ -38,7 +38,7 @@ judge = nano_ar.train_judge(data.train_images, data.train_labels, 10, torch.devi
 #
 # holds, as it does for raster. One may also cut the order into **groups** and draw a whole group at once, each token of it from a law of its
 # own. That makes as many calls as there are groups, and is exact only if the tokens of a group do not depend on each other once
-# the groups before are known. NAR (He et al. 2025, arXiv:2503.10696) takes the anti-diagonals: cells of equal row + column. On a 2 x 3 grid with the
+# the groups before are known. NAR ("neighbouring"; He et al. 2025, arXiv:2503.10696) takes the anti-diagonals: cells of equal row + column. On a 2 x 3 grid with the
 # cells 0 1 2 / 3 4 5, that is 0, then 1 and 3, then 2 and 4, then 5.
 #
 # **Exercise 1.** `diagonal(rows, columns)` -> `cells` (L,), the raster number of the cell that each token of the new sequence belongs to, and `groups`, a
@@ -430,7 +430,7 @@ plt.show()
 # %% [markdown]
 # ## In the script's place
 #
-# `draw_slowly` reads everything 15 times. The script's `generate` reads each slot once, but draws one token a call. Yours does neither.
+# `draw_slowly` reads everything 15 times. The script's `generate` reads each slot once, but draws one token a call.
 #
 # **Exercise 6.** `generate(model, labels, rng, guidance, temperature, top_p, given)`, the script's function for groups: one call of `model.step` for each group of
 # `model.order.groups`, tokens (B, L) in raster order come out. `model.step(x, g, cache)` takes what group g - 1 reads (for g = 0 the class: `model.label(labels)[:, None]`,
