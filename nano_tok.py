@@ -906,6 +906,7 @@ FLAGS = {  # name: default, what is allowed (names, or the least number), help
 }
 PRESETS = {"cpu": {}, "gpu": dict(data="glyphs-200k", width=256, blocks=4, steps=10000, batch=256, lr=0.005)}
 FREE = {"text", "vocab"}  # may differ from the checkpoint's
+UNUSED = {"vq": {"--depth", "--levels"}, "rvq": {"--levels"}, "fsq": {"--depth", "--codebook", "--code-dim"}}
 
 
 # --- shared: settings
@@ -1080,6 +1081,8 @@ def main(argv=None):
     # bpe needs no checkpoint: read its flags as those of a full run. (`--text bpe` is not the word bpe)
     bpe = [i for i, word in enumerate(words) if word == "bpe" and not words[max(0, i - 1)].startswith("--")]
     part, config, state = read_settings([word for i, word in enumerate(words) if i not in bpe])
+    for flag in UNUSED.get(config.quantizer, set()) & {word.split("=")[0] for word in words}:
+        fail(f"{flag} has no effect on --quantizer {config.quantizer}: drop it, or choose another quantizer")
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)              # now: a wrong --out must not cost the whole run
     if bpe or part == "bpe":

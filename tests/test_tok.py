@@ -480,6 +480,14 @@ def test_tokens_npz_holds_the_export(trained):
     assert set(written) == set(vars(tokens)) - {"train_images", "test_images", "decode", "classes"}
 
 
+def test_flags_are_accepted_where_they_have_an_effect(tmp_path):
+    """test_fuzz.py has the others, which are refused. bpe reads the same flags, and costs no training."""
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question")
+    for flags in ("vq --codebook 16 --code-dim 4", "rvq --codebook 16 --code-dim 4 --depth 3", "fsq --levels 3,3"):
+        argv = ["bpe", "--text", str(tmp_path / "a.txt"), "--out", str(tmp_path / "--depth"), "--quantizer", *flags.split()]
+        assert nano_tok.main(argv)["bpe_vocab"] > 256
+
+
 def test_a_notebook_adds_a_quantizer_by_one_line(tmp_path, monkeypatch):
     class Signs(nn.Module):
         size, dim, depth = 16, 4, 1
@@ -510,7 +518,7 @@ def test_usual_mistakes_cost_one_line_and_nothing_else(trained, tmp_path, capsys
     (tmp_path / "last.pt").write_bytes(before[trained[0] / "last.pt"][:1000])
     for said, argv in {"--quantiser": ["--quantiser=vq"], "lr nan": ["--lr", "nan"], "vq, rvq": ["--quantizer", "pq"],
                        "multiple of 16": ["--width", "20"], "--levels 8,2": ["--quantizer", "fsq", "--levels", "8,2"],
-                       "--levels 8,x": ["--levels", "8,x"], "missing.npz": ["--data", "missing.npz"],
+                       "--levels has": ["--levels", "8,6"], "missing.npz": ["--data", "missing.npz"],
                        "missing.txt": ["--text", "missing.txt"], "--vocab 100": ["--vocab", "100"],
                        "--codebook 32": ["--resume", "--codebook", "32"],
                        "train first": ["eval", "--out", str(tmp_path / "new")],
