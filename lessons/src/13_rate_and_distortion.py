@@ -9,7 +9,7 @@
 #    is nearest to a real picture? Are they alike?
 # 3. The tokenizer has learned digits. You give it a photograph. Does it still beat JPEG?
 #
-# Every code pays **rate** (bits) for **distortion** (what is wrong afterwards). One number alone says nothing: a tokenizer with a better PSNR may
+# Every code pays in **rate** (bits) for less **distortion** (what is wrong afterwards). One number alone says nothing: a tokenizer with a better PSNR may
 # just be one with more tokens. This lesson puts tokenizers and two ordinary picture formats on one chart, and asks of both axes what they hide.
 
 # %%
@@ -162,11 +162,11 @@ show([x[:12] for x in copies.values()], copies)
 # in .983 to .996 of them, so it is not that they had become unreadable: the darker ones are read as well as the originals, .996 against .997.
 # (1,000 images, seed 0 of tokenizer and judge.)
 #
-# PSNR weighs every pixel alike. Blur puts its errors along the edges, where the judge looks; darkness shifts all pictures the same way, which moves
+# PSNR weighs every pixel alike. We think: blur puts its errors along the edges, where the judge looks; darkness shifts all pictures the same way, which moves
 # a mean far from where real pictures have it. And rFD is no truth either: it sees only what *this* judge has learned to look at. A judge that reads
 # digits at every brightness might forgive darkness altogether.
 #
-# Two traps when you compare rFD. It grows as N gets smaller (by about 1/N): compare at one N. And we compared the copies with *other* real
+# Two traps when you compare rFD. It comes out too large, by something like 1/N: compare at one N. And we compared the copies with *other* real
 # pictures. Measured against their own originals, even the floor is 0, and the figure asks both questions at once.
 #
 # ## The detail that an average hides
@@ -188,17 +188,18 @@ for column, (name, rank) in zip(axes.T, ranks.items()):
 plt.show()
 
 # %% [markdown]
-# From 29.6 dB for the best to 21.6 dB for the worst, around a middle of 24.7. The thin stroke of the 7 is easy. The worst is a 2 with serifs and a
-# heavy stroke: more edge, more error. The third row shows where: red and blue run along the strokes, side by side, while the ground is white. The
-# tokenizer knows *what* is there, and misses by a fraction of a pixel *where* it ends; no average over 1,000 pictures would tell.
+# From 29.6 dB for the best to 21.6 dB for the worst, around a middle of 24.7. The thin stroke of the 7 is easy. The worst is a 2 with serifs and a heavy
+# stroke: more edge, more error. The third row shows where: red (too dark) and blue (too bright) run along the strokes, side by side, while the ground is white.
+# The tokenizer knows *what* is there, and misses by a fraction of a pixel *where* it ends; no average over 1,000 pictures would tell.
 #
 # ## The other axis: what is a bit?
 #
 # A JPEG file of so small a picture is mostly header: tables of quantisation steps and of Huffman codes, which a receiver may know beforehand, as it
 # knows our decoder. So count twice: the whole file, and what follows the headers.
 #
-# A JPEG file is `FF D8`, then segments: the byte `FF`, a marker, two bytes of length (large byte first; the two count themselves, `FF` and marker
-# do not), content. The segment `FF DA` is the last: behind its own length begin the coded pixels, up to the end of the file (with `FF D9`).
+# A JPEG file is `FF D8`, then segments: the byte `FF`, a marker, two bytes of length (large byte first; the two count themselves, `FF` and marker do not),
+# content. The segment `FF DA` is the last (in plain files such as these; progressive ones have several): behind its own length begin the coded pixels, up to
+# the end of the file (with `FF D9`).
 #
 # **Exercise 3.** `payload(raw)`: the bytes of a JPEG file -> how many follow the header of `FF DA`. Worked: `FF D8`, `FF FE 00 04 41 42`, `FF DA 00
 # 03 01`, then 9 bytes: 9. *Trap:* to search for `FF DA` is wrong, a comment or a thumbnail may hold these two bytes. Go from segment to segment.
@@ -250,7 +251,7 @@ for kind in ("JPEG", "WEBP"):
 # $$\text{bits of an image}=-\sum_{i=1}^{L}\log_2 p_i(t_i),\qquad p_i(t)=\frac{n_i(t)+1}{N+V},$$
 #
 # with $n_i(t)$ the number of training images whose token $i$ is $t$. Worked: $L=1$, $V=2$, training tokens 0, 0, 1. Then $p(0)=3/5$, and a 0 costs
-# 0.737 bits. An arithmetic coder really gets there (lesson 23).
+# 0.737 bits. An arithmetic coder really gets there (lesson 23). (The script, used below, adds .05 in place of 1.)
 #
 # **Exercise 4.** `code_length(train, test, V)`: tokens (N, L) and (M, L) -> mean bits of a *test* image. *Trap:* to count on the test images would
 # let the code know what it has yet to send; and without the + 1 an unseen token would cost infinitely much.
@@ -272,7 +273,7 @@ check.check_code_length(code_length)
 
 # %%
 def code_cost(train, test, V):
-    """The same by nano_ar: its counts are per class, and here all images are of one class."""
+    """Such bits by nano_ar, which counts per class, from .05 on; here all images are of one class."""
     one = SimpleNamespace(train_tokens=train, test_tokens=test, train_labels=torch.zeros(len(train), dtype=torch.long),
                           test_labels=torch.zeros(len(test), dtype=torch.long), codebook_size=V, classes=1)
     return nano_ar.unigram_nats(one) / math.log(2)
@@ -312,13 +313,12 @@ print(f"the decoder itself: {weights:,} numbers, {32 * weights / 1000:.0f} bits 
 # %% [markdown]
 # Question 1 has four answers, all at 24.63 dB:
 #
-# * against the whole file JPEG needs 3,207 bits, six times our 512. This is the comparison that papers like, and it is mostly about headers: 2,624
-#   bits of each file, whatever its quality;
-# * without them 581 bits: hardly more than 512. A format of 1992 that has never seen a digit is as good as 300 steps of training;
+# * against the whole file JPEG needs 3,207 bits, six times our 512. This is mostly about headers: 2,624 bits of each file, whatever its quality;
+# * without them 581 bits: hardly more than 512. A format of 1992 that has never seen a digit is nearly as good as 300 steps of training;
 # * with a code that knows the frequencies the tokens need 312 bits, so they win by nearly a half. JPEG's payload is Huffman coded: this is the fair
 #   pair. (A model of the *order* of tokens needs fewer still: lesson 20.)
-# * but whoever decodes must own the decoder: 22,817 numbers. Shared among 1,000 pictures, that is 730 bits each, more than the tokens themselves.
-#   It is hardly ever counted. It falls below one bit a picture from 730,000 pictures on.
+# * but whoever decodes must own the decoder: 22,817 numbers. Shared among 1,000 pictures, that is 730 bits each, more than the tokens themselves. It falls
+#   below one bit a picture from 730,000 pictures on.
 #
 # WebP has no point at 24.63 dB at all: at quality 1 it spends 700 bits and is at 26.82 dB already. And left of 305 bits there is no JPEG. There the
 # tokens are alone: 16 ordered ones have 19.51 dB for 112 bits, and a single one, 8 bits, has 13.55.
@@ -414,16 +414,15 @@ folder.cleanup()
 #
 # * **The digits' tokenizer on a photograph: 16.13 dB at 512 bits. JPEG: 31.25 dB at 417.** Not a little worse: fifteen decibels, thirty times the
 #   error. Plain grey, the easiest of all for JPEG (four tiles at the left), comes back as a grille: no digit has a grey area, so no code stands for
-#   one. Question 3 is answered. A learned code is good where its data were, and nowhere else. Before you trust a "better than JPEG", ask on which
+#   one. Question 3 is answered. A learned code is good where its data were. Before you trust a "better than JPEG", ask on which
 #   pictures.
 # * Small print is still print: strokes come back as strokes. The figure is poor (11.81 dB), yet part of it can be read. JPEG has 19.56 dB, and pays
 #   1,842 bits for it, more than four times what the photograph takes. Rate and distortion both depend on the picture: quote them for a set.
-# * A band is not a proof. 200 steps on 519 tiles of one's own lift 14.45 dB to 20.7 (two other seeds within half a decibel): 26.59 on the
-#   photograph and 18.11 on print, for 512 bits each. On print that is 1.5 dB below JPEG at less than a third of its bits, on the photograph still
-#   well below it. But the unseen tiles are neighbours of the seen ones, from one photograph and one kind of page. On another photograph you would
-#   be back near the first line of this list. Try it.
+# * A band is not a proof. 200 steps on 519 tiles of one's own lift 14.45 dB to 20.7: 26.59 on the photograph and 18.11 on print, for 512 bits each. On print
+#   that is 1.5 dB below JPEG at less than a third of its bits, on the photograph still well below it. But the unseen tiles are neighbours of the seen ones,
+#   from one photograph and one kind of page. On another photograph you may be back at the first line of this list. Try it.
 # * Sharp texture. Trained on squared error, every tokenizer here answers doubt with the mean, which is blur. VQGAN (arXiv:2012.09841) adds a
-#   perceptual and an adversarial loss: rFD falls, and PSNR mostly falls with it, because invented texture is at the wrong place. Blau and Michaeli
+#   perceptual and an adversarial loss: rFD falls, and PSNR often falls with it, because invented texture is at the wrong place. Blau and Michaeli
 #   (arXiv:1711.06077) prove that beyond some point you must give up the one for the other.
 #
 # ## Where to read on
