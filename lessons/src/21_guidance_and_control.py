@@ -38,7 +38,7 @@ _, config, _ = nano_ar.read_settings(["train", "--steps", str(steps(300))])
 torch.manual_seed(0)
 model = nano_ar.GPT(len(codebook), 10, 8, 8, dim=72, depth=3, heads=3)
 print(f"{sum(p.numel() for p in model.parameters()):,} numbers, {model.label.weight[0].numel()} in the row of a class")
-nano_ar.train(config, model, data)  # what it calls test are the held-back images
+history = nano_ar.train(config, model, data)  # what it calls test are the held-back images
 
 # %%
 judge = nano_ar.train_judge(images[~held], labels[~held], 10, "cpu", seed=0)  # the judge knows the 9, too
@@ -337,7 +337,7 @@ def threes(drawn):
 def asked(model, name):
     """Class 3 asked for; no class; the lower half of a 3 with no class. And what has become of the other digits."""
     completed = draw(model, free, given=upper)
-    strips[name] = torch.cat(list(completed[:12]), 1)
+    strips[name] = torch.cat(list(completed[:8]), 1)
     print(f"{name}: asked {threes(draw(model, three)):.2f}, not asked {threes(draw(model, free)):.2f}, completed {threes(completed):.2f}")
     score(draw(model, wanted[keep]), wanted[keep], real[keep], "  the other eight digits")
 
