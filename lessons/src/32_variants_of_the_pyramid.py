@@ -312,7 +312,7 @@ show(original=test, means_4x4=paint(bicubic(F.adaptive_avg_pool2d(g, 4), 4)), ba
 # %% [markdown]
 # ## Prices for rare codes
 #
-# Many codes lie close together. The nearest of them changes with every breath of the encoder, and the transformer pays for telling them apart. Entropy-constrained
+# Many codes lie close together. Which of them is nearest changes with any small change of the latent, and the transformer pays for telling them apart. Entropy-constrained
 # quantization (Chou, Lookabaugh & Gray 1989) takes instead
 #
 # $$r=\arg\min_c\ |z-c|^2+\mathrm{price}(c),\qquad \mathrm{price}(c)=\lambda\,D\cdot(-\log p(c)),$$
@@ -361,6 +361,8 @@ plt.xlabel("nats by the shares of codes alone"), plt.ylabel("dB"), plt.legend()
 plt.show()
 
 # %% [markdown]
+# Up to weight .5 the nats fall and the dB hardly; we take .5.
+#
 # ## A small model for the last map
 #
 # Three quarters of the tokens lie in the last map. If the coarse ones settle most of it, a small model will do there: CoDe (Chen et al. 2024) lets a large one draw

@@ -273,12 +273,12 @@ print("20 begun, 4 finished, previews judged by a network of their own: verifier
 #
 # $$\pi(x)=\frac{p(x)\,e^{\lambda r(x)}}Z,\qquad Z=\sum_x p(x)\,e^{\lambda r(x)};$$
 #
-# with $r=\log v(\text{class}\mid x)$ and $\lambda=1$ it is Bayes' rule. Weigh after stage $k$ by what the stage has *gained*, $w=e^{\lambda(r_k-r_{k-1})}$ with $r_0=0$: along a path the product telescopes to $e^{\lambda r_K}$.
+# with $r=\log v(\text{class}\mid x)$, $\lambda=1$ and a $p$ that was not told the class it is Bayes' rule. Weigh after stage $k$ by what the stage has *gained*, $w=e^{\lambda(r_k-r_{k-1})}$ with $r_0=0$: along a path the product telescopes to $e^{\lambda r_K}$.
 # By the whole $r_k$ each time, the default of the official code, early previews count again and again; the law that this aims at has $e^{\lambda(r_1+\dots+r_K)}$.
 #
 # Early strengths may even be smaller, $w=e^{\lambda_kr_k-\lambda_{k-1}r_{k-1}}$: only the last one, $\lambda_K$, stays in the product. So early previews can be trusted little, and the target stays.
 #
-# First, copies. Drawn independently, a candidate of weight $w$ gets $nw$ copies on average, but the count scatters. **Systematic** resampling throws one number $u$: lay the weights end to end on a line from 0 to 1, and take who lies at
+# Drawn independently, a candidate of weight $w$ gets $nw$ copies on average, but the count scatters. **Systematic** resampling throws one number $u$: lay the weights end to end on a line from 0 to 1, and take who lies at
 # $(0+u)/n,\ (1+u)/n,\dots$ The count then is $nw$ rounded down or up, and still $nw$ in the mean. *Worked:* w = (.5, .3, .2), u = .5, n = 4: points .125, .375, .625, .875: 0, 0, 1, 2.
 #
 # **Exercise 3.** `systematic(w, u, n)`: w (M,) with sum 1, u from 0 to 1 -> n indices. *Hint:* `cumsum`, `torch.searchsorted(..., right=True)`; rounding may leave the last point beyond the last edge.
