@@ -435,7 +435,7 @@ plt.show()
 # **Exercise 6.** `generate(model, labels, rng, guidance, temperature, top_p, given)`, the script's function for groups: one call of `model.step` for each group of
 # `model.order.groups`, tokens (B, L) in raster order come out. `model.step(x, g, cache)` takes what group g - 1 reads (for g = 0 the class: `model.label(labels)[:, None]`,
 # after that `model.token(...)` of the tokens just drawn) and gives the logits (B, n, V) of group g. With guidance other than 1 the batch is doubled, with the class
-# and with `model.null`, and `nano_ar.guide(with, without, guidance)` joins the two logits. `given` (B, L), in raster order, holds tokens to keep and -1 where free.
+# and with `model.null`, and `nano_ar.guide(with_class, without, guidance)` joins their logits. `given` (B, L), in raster order, holds tokens to keep and -1 where free.
 # *Hint:* `nano_ar.generate` has the same skeleton.
 
 # %%
