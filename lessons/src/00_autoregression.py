@@ -22,7 +22,7 @@ torch.manual_seed(0)
 # %% [markdown]
 # ## A picture as a sequence
 #
-# Text comes in symbols; a picture must be cut into some. The simplest way: cut 32 x 32 pixels into 8 x 8 patches, find the 64 most typical
+# Text comes in symbols; a picture must be cut into some. The simplest way: cut 32 x 32 pixels into 64 patches of 4 x 4, find the 64 most typical
 # patches (k-means; lesson 11 does better), and write down for each patch the number of the typical one nearest to it. Row by row, that is a
 # sequence of 64 integers below V = 64: the **tokens**. The data are digits from fonts, 4,000 to learn from and 1,000 to be examined on.
 
@@ -308,7 +308,7 @@ print(f"{'real, as tokens':17}{sum(each) / N:7.1f}{'':11}{alone['class_accuracy'
 print(f"the most probable of these {N} real pictures has {min(each):.1f} nats")
 
 # %% [markdown]
-# All but the last, T = 0, make digits that are recognised more often. But the distance does not follow: top-k 8 leaves it where it was; T = 0.8 and
+# All but T = 0 make digits that are recognised more often. But the distance does not follow: top-k 8 leaves it where it was; T = 0.8 and
 # top-p 0.9, which take more of the nats away, raise it by more than a half, and variety goes. "Better looking" and "nearer to the data" are two
 # things. (One small model, 500 samples; lesson 21 chooses with more care.)
 #
