@@ -114,7 +114,7 @@ with put(mine, "f", lookup):
 #
 # The paper keeps the eight best of each row and makes a tree of them. We keep the whole row and draw from it (lesson 40: at temperature 1 drawn guesses are the better ones).
 #
-# **Exercise 2.** The class `Recycling(vocab)` with a table of uniform rows at first; `propose(text, gamma, dice)` -> `draft, q`, `gamma` guesses in a row, each from the row of the token
+# **Exercise 2.** The class `Recycling(vocab)` with `table`, (V, V) in float64, uniform rows at first; `propose(text, gamma, dice)` -> `draft, q`, `gamma` guesses in a row, each from the row of the token
 # before it; `update(text, start, p)`, where `p[0]` was said behind `text[start - 1]`, and `p[i]` behind the guess number $i-1$ of the last draft, kept or not.
 #
 # *Hint:* `propose` must remember its draft. And `q` must be what each guess was really drawn from: a view of a row that `update` writes into is no memory.
@@ -224,8 +224,8 @@ with put(mine, "f", medusa_loss):
 # %% [markdown]
 # ## Mask tokens, and a model that stays what it was
 #
-# Another way to several tokens: append $k$ learned vectors behind the text, *mask tokens*, and read a guess at each. Their states pass through all layers and attend to all of the text. Parallel prompt decoding (arXiv:2405.18628) learns the $k$ vectors alone. Apple's multi-token
-# prediction (Samragh et al., arXiv:2507.11851) also adapts the matrices by low-rank products $BA$, **but only at the masks**: $Wx+g\,BAx$ with a gate $g$, 1 at a mask and 0 elsewhere. Ordinary
+# Another way to several tokens: append $k$ learned vectors behind the text, *mask tokens*, and read a guess at each. Their states pass through all layers and attend to all of the text. Parallel prompt decoding (PPD, arXiv:2405.18628) learns the $k$ vectors alone. Apple's multi-token
+# prediction (MTP, Samragh et al., arXiv:2507.11851) also adapts the matrices by low-rank products $BA$, **but only at the masks**: $Wx+g\,BAx$ with a gate $g$, 1 at a mask and 0 elsewhere. Ordinary
 # places never look at later ones, so their logits stay *the same bits*, and the target is the target.
 #
 # **Exercise 4.** `gated(x, weight, A, B, gate)`: x (.., N, C), weight (M, C), A (r, C), B (M, r), gate (N,) of bool -> (.., N, M). Where the gate is off the result is bit for bit `F.linear(x, weight)`, even if $BAx$ is
@@ -336,7 +336,7 @@ def exits_loss(model, tokens, exits):
 check.check_exits_loss(exits_loss)
 
 # %% [markdown]
-# It goes into the script, in place of `loss_of`, and the script trains with it.
+# The script trains with it, in place of `loss_of`.
 
 # %%
 with put(nano_spec, "loss_of", lambda model, tokens: exits_loss(model, tokens, (1, 2, 3))):
@@ -474,7 +474,7 @@ plt.show()
 # %% [markdown]
 # ## What came out, and what did not
 #
-# **Knowing the last token beats knowing everything else** (question 2). Medusa's heads read a state that has seen the whole text, and bring 2.27 tokens at temperature 1; a table of one row per token, which sees nothing but the token just guessed, brings 2.45 within one text, 3.57 if it is kept.
+# **Knowing the last token beats knowing everything else** (question 2). Medusa's heads read a state that has seen the whole text, and bring 2.27 tokens at temperature 1; a table of one row per token, which sees nothing but the token just guessed, brings 2.45 in one text (within the noise), 3.57 if it is kept.
 # For the heads guess independently: head 1 does not know which token was just drawn, head 2 not what head 1 drew. That is why EAGLE (lesson 40) feeds the drawn token back in.
 # Do not carry the order of the two over to large models: with 256 bytes a table of rows is filled in a few calls; with 100,000 tokens it stays thin (the benchmark Spec-Bench has token recycling at 2.73 tokens per call, Medusa at 2.31).
 #
