@@ -25,8 +25,8 @@ from lessons.checks import band, lesson_11 as check, put, steps
 #
 # 3,000 glyphs, 1,000 more to test on, a network of 32 channels, 200 steps of 32 pictures: enough to get ill and to recover. `fit` puts a quantizer into the
 # script and trains it there. Three figures, all on the test images: **PSNR**, $10\log_{10}(255^2/\text{mean squared error})$ in dB, 3 dB more for half the
-# error; **usage**, the share of codes that occur at all; **perplexity**, $e^{\text{entropy}}$, how many codes are in *effective* use: of k equally frequent
-# codes it is k.
+# error; **usage**, the share of codes that occur at all; **perplexity** (of the codes here, not of a model as in lesson 00), $e^{\text{entropy}}$: how many are
+# in *effective* use, k where k are equally frequent.
 
 # %%
 N = steps(3000, few=300)
