@@ -161,8 +161,8 @@ for name, sizes in radii.items():
 # if and only if the radius is below 1. Worked for $r=(1,\,0.5,\,0.25)$: $g=0.5$, $v=0.75$; then $g=(0.25-0.5\cdot0.5)/0.75=0$: the second lag
 # explains nothing.
 #
-# **Exercise 3.** `levinson(r)`: (p + 1,) -> the weights (p,), and the error variances of orders 0 to p, (p + 1,). For the r above: (0.5, 0) and
-# (1, 0.75, 0.75).
+# **Exercise 3.** `levinson(r)`: (p + 1,) -> the weights (p,), and the error variances of orders 0 to p, (p + 1,). For the r above: (0.5, 0)
+# and (1, 0.75, 0.75). No solver.
 #
 # *Hint:* `flip(0)` reads backwards, and makes a copy. In a loop over j that overwrites $a_j$ one after the other, what would go wrong?
 
