@@ -1,4 +1,4 @@
-"""Checks of lesson 60. Oracles: float64 softmax, masks pair by pair, torch's autograd."""
+"""Checks of lesson 60. Oracles: float64 softmax, scores that notice how they are read, masks pair by pair, torch's autograd."""
 
 import math
 
@@ -17,16 +17,54 @@ def softmax_rows(s):
     return torch.softmax(s.double(), -1).nan_to_num(0.0)
 
 
+COPIES = "split", "chunk", "unbind", "narrow", "select", "float", "double", "to", "clone", "contiguous", "detach", "__get__"
+
+
+def streamed(online, s, v, tile):
+    """Call `online` with scores that notice how they are read: a part at a time, and never back to earlier keys."""
+    last = {}
+
+    class Scores(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            out, name = super().__torch_function__(function, types, args, kwargs or {}), function.__name__
+            if not isinstance(out, torch.Tensor) or not any(isinstance(x, cls) and x.shape == s.shape for x in args):
+                return out
+            if name == "__getitem__":
+                row, key = divmod(out.storage_offset(), s.shape[1])
+                need(key >= last.get(row, 0), f"after key {last.get(row, 0)} you read key {key} again: one pass, please")
+                last[row] = key
+            else:
+                need(name in COPIES or name.startswith("new_"), f"{name} of all scores at once: read {tile} keys at a time")
+            return out
+
+    return online(s.as_subclass(Scores), v, tile).as_subclass(torch.Tensor)
+
+
+def softmax_of_torch(s, v, tile):
+    return torch.softmax(s, 1).nan_to_num(0.0) @ v
+
+
+def two_passes(s, v, tile):
+    """Right values: the maximum first, then the sums."""
+    parts = range(0, s.shape[1], tile)
+    m = torch.stack([s[:, j:j + tile].amax(1) for j in parts]).amax(0)
+    m = torch.where(m == -math.inf, 0.0, m)[:, None]
+    u = sum(torch.exp(s[:, j:j + tile] - m).sum(1) for j in parts)
+    w = sum(torch.exp(s[:, j:j + tile] - m) @ v[j:j + tile] for j in parts)
+    return w / torch.where(u == 0, 1.0, u)[:, None]
+
+
 @exercise(
+    ("all scores at once", softmax_of_torch),
+    ("two passes", two_passes),
     ("the sum is not rescaled", "u = u * old + p.sum(1)", "u = u + p.sum(1)"),
     ("the output is not rescaled", "w = w * old[:, None] + p", "w = w + p"),
-    ("rescaled the wrong way round", "torch.exp(m - shift)", "torch.exp(shift - m)"),
     ("the largest score of this tile alone", "torch.maximum(m, part.amax(1))", "part.amax(1)"),
     ("-inf minus -inf", "torch.where(m_new == -torch.inf, 0.0, m_new)", "m_new"),
     ("the last, shorter tile forgotten", "range(0, s.shape[1], tile)", "range(0, s.shape[1] - tile + 1, tile)"),
     ("the maximum starts at 0", "torch.full(s.shape[:1], -torch.inf)", "torch.zeros(s.shape[:1])"),
     ("0 / 0 where nothing is seen", "w / torch.where(u == 0, 1.0, u)[:, None]", "w / u[:, None]"),
-    ("never divided", "return w / torch.where(u == 0, 1.0, u)[:, None]", "return w"),
     ("the maximum not kept", "        m = m_new\n", ""),
 )
 def check_online(online):
@@ -42,6 +80,8 @@ def check_online(online):
     hidden[0, :4], hidden[1] = -math.inf, -math.inf  # row 0 sees nothing in two tiles, row 1 nothing at all
     hint = "a row whose first tiles are all -inf, and one that sees nothing (wanted: 0)"
     close(online(hidden, v[[0, 1, 2, 3, 4, 0]], 2), softmax_rows(hidden) @ v[[0, 1, 2, 3, 4, 0]].double(), hint)
+    s, v = normal(4, 9), normal(9, 2, seed=1)
+    close(streamed(online, s, v, 3), softmax_rows(s) @ v.double(), "9 keys in tiles of 3")
 
 
 @exercise(
