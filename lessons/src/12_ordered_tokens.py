@@ -327,7 +327,7 @@ with put(mine, "halt", halt):
 # that *after* training: least squares from the 64 latents and their squares to the logarithms of the 16 errors, and then the same two rules on
 # guessed errors. It costs .02 dB of the .29 gained with the one rule, .14 of .66 with the other.
 #
-# Its authors find that familiar pictures get short codes. So here, but simple ones do, too: 6.8 tokens for glyphs, 9.3 for the same upside down, 16 for
+# KARL's authors find that familiar pictures get short codes. So here, but simple ones do, too: 6.8 tokens for glyphs, 9.3 for the same upside down, 16 for
 # noise, and 1 for black. In one pass it is 6.5, 7.7, 16 and 4.0: for unfamiliar pictures the guess is off, and the limit is no promise any more.
 #
 # ## Better pictures back, better pictures drawn?
