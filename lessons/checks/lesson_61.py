@@ -1,5 +1,6 @@
 """Checks of lesson 61. Oracles: softmax over the union, prefix by prefix in float64; a sort; a loop over one chain."""
 
+import contextlib
 import math
 from unittest import mock
 
@@ -124,7 +125,27 @@ def first_of_the_tied(p, top_p):
     return torch.zeros_like(p).scatter(0, place, torch.where(keep, ordered, 0.0))
 
 
+def by_a_sort(p, top_p):
+    """Right values."""
+    ordered = p.sort(descending=True).values
+    kept = int((ordered.cumsum(0) - ordered < top_p * p.sum()).sum())
+    return torch.where(p >= ordered[kept - 1], p, 0.0)
+
+
+@contextlib.contextmanager
+def no_sort():
+    def refuse(*args, **kwargs):
+        need(False, "no sort and no topk: halve an interval of integers")
+
+    with contextlib.ExitStack() as stack:
+        for place in (torch, torch.Tensor):
+            for name in ("sort", "argsort", "topk", "kthvalue"):
+                stack.enter_context(mock.patch.object(place, name, refuse))
+        yield
+
+
 @exercise(
+    ("a sort", by_a_sort),
     ("the weights do not sum to 1", "top_p * p.sum()", "top_p"),
     ("the token that crosses is dropped", without_the_one_that_crosses),
     ("one of two tied tokens", first_of_the_tied),
@@ -149,6 +170,8 @@ def check_nucleus(nucleus):
         close(nucleus(torch.tensor(weights, dtype=torch.float32), top_p), kept, f"{what}, top_p {top_p}")
     spread = torch.tensor([1.0, 2.0**-22, 2.0**-23])
     close(nucleus(spread, 1 - 2**-23), [1.0, 2.0**-22, 0.0], "a threshold of 2^-22 beside a weight of 1", 1e-9)
+    with no_sort():
+        close(nucleus(torch.tensor([4.0, 2.0, 1.0, 1.0]), 0.75), [4.0, 2.0, 0.0, 0.0], "the worked example")
 
 
 def halves_of_the_value(p, top_p):
