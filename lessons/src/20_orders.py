@@ -66,7 +66,7 @@ check.check_diagonal(diagonal)
 #
 # **Exercise 2.** `neighbours(rows, columns, cells)` -> `left` (L,), `above` (L,), `weights` (2, L). `left[t]` is the slot that reads the left neighbour of
 # token t's cell, `above[t]` the slot that reads the upper one; `weights[:, t]` are their shares and sum to 1. Where a neighbour is missing, its
-# share is 0, and its slot is that of the other neighbour (so that one only ever looks into the group before). On the 2 x 3 grid, token 4
+# share is 0, and its slot is that of the other neighbour. *Hint:* first, which slot reads cell c? On the 2 x 3 grid, token 4
 # is cell 4; its left neighbour is cell 3, token 2, slot 3; the one above is cell 1, token 1, slot 2; shares 1/2 and 1/2.
 
 # %%
