@@ -4,7 +4,7 @@
 # **Guess first, and write your three answers down.**
 #
 # 1. A model draws digits of which one in six is read as another. Guidance, "more of the class, please", is turned up: 1, 1.5, 2, 3, 5. Accuracy
-#    rises, variety falls, so the papers say. What do *you* expect at 5?
+#    rises, variety falls, so the papers say. What happens at 5?
 # 2. A model has learned nine digits. You hold five pictures of the tenth. How many of its numbers must change before it draws that digit?
 # 3. A model must never draw a 3 again. You overwrite its one vector for "3" with that of "8". Is the 3 gone?
 #
@@ -94,7 +94,7 @@ def law(conditional, unconditional, scale, temperature, top_p):
 check.check_law(law)
 
 # %% [markdown]
-# Now turn them, alone and together. (The script does the same in `guide` and `kernels.sample`.)
+# Now turn them, by the script's `guide` and `kernels.sample`:
 
 # %%
 settings = [(1, 1, 1), (1.25, 1, 1), (1.5, 1, 1), (2, 1, 1), (3, 1, 1), (5, 1, 1),
@@ -126,7 +126,7 @@ plt.show()
 #
 # **Exercise 2.** Three figures, no single best setting. A setting is *beaten* if another one is nowhere worse and somewhere better. `front(costs)`:
 # (N, K), in every column smaller is better -> (N,) bool, True where nothing beats the setting. `front([[3, 1], [1, 2], [3, 3]])` is (True, True, False). Equal
-# settings do not beat each other.
+# settings do not beat each other. *Hint:* `costs[None] <= costs[:, None]` compares all pairs.
 
 # %%
 def front(costs):
