@@ -246,7 +246,7 @@ with put(nano_ar, "make_optimizers", adamw_alone):
 # Token-Shuffle (arXiv:2504.17789) lays 2 x 2 neighbouring tokens side by side into one wide vector, runs the transformer on 16 slots instead of 64, and predicts four
 # tokens at once from each. The four are drawn **independently of each other** given the past; but they do depend on each other.
 #
-# **Exercise 3.** `fuse(x, rows, columns, s)`: (B, rows * columns, C) in raster order -> (B, rows * columns / s^2, s * s * C): the s x s square of cells of each slot, row by row; slots in raster order, too. For a 2 x 4 grid of the numbers 0 .. 7, with s = 2: (0, 1, 4, 5), (2, 3, 6, 7).
+# **Exercise 3.** `fuse(x, rows, columns, s)`: (B, rows * columns, C) in raster order -> (B, rows * columns / s^2, s * s * C): the s x s square of cells of each slot, row by row; slots in raster order, too. For a 2 x 4 grid of the numbers 0 .. 7, with s = 2: (0, 1, 4, 5), (2, 3, 6, 7). *Hint:* six axes.
 
 # %%
 def fuse(x, rows, columns, s):
