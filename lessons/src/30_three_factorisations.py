@@ -7,8 +7,8 @@
 #
 # **Guess first, and write your numbers down.**
 #
-# 1. A picture is 85 tokens. Drawn one by one they take 85 calls of the network, map by map 4. How many times faster is one picture alone? And in a batch
-#    of 64? And which of the two attends to *fewer* pairs?
+# 1. A picture is 85 tokens. Drawn one by one they take 85 calls of the network, map by map 4. How many times faster is one picture alone? In a batch
+#    of 64? Which of the two attends to *fewer* pairs?
 # 2. In 4 calls the cells of a map are drawn without seeing each other. How many per cent more nats does that cost? And how many more, if a map may not
 #    even look at the coarser maps, but only at their sum?
 # 3. What is drawn is further from real pictures than the tokenizer alone. We put real tokens into the three coarse maps, and draw only the last one.
@@ -129,8 +129,8 @@ for name, kind, scales in (("raster", "tokens", GRID), ("tokens", "tokens", PYRA
 # here $\log16=\log4+\log4$. (For two cells the total correlation is the mutual information of lesson 20.)
 #
 # **Exercise 3.** `drawn_law(joint, groups)`: joint has one axis for each cell, and sums to 1; groups is a list of lists of cells. The groups are drawn in
-# this order, the cells of a group independently, each from its law given all groups before -> the law q of what is drawn, in joint's shape. What cannot occur gets
-# 0, not nan. Worked: cells 0, 1 always equal, 1/2 each; `[[0], [1]]` gives joint itself, `[[0, 1]]` gives 1/4 everywhere.
+# this order, the cells of a group independently, each from its law given all groups before -> the law q of what is drawn, in joint's shape. What cannot occur gets 0. Worked: cells 0, 1 always equal, 1/2 each; `[[0], [1]]` gives joint itself, `[[0, 1]]` gives 1/4 everywhere.
+# *Hint:* a conditional law is a quotient of two `joint.sum(others, keepdim=True)`.
 
 # %%
 def drawn_law(joint, groups):
@@ -209,7 +209,7 @@ class Telling(nano_var.Pyramid):
 
 # %% [markdown]
 # To draw, we let the model be a **run**, as in lesson 23: a generator that *yields* logits for the next tokens and is *sent* these tokens, by
-# random numbers or by a file. Here is the run that draws one by one; you will write the other.
+# random numbers or by a file. Here is the one-by-one run; you will write the other.
 
 # %%
 def one_by_one(model, pyramid, labels):
@@ -503,6 +503,6 @@ with put(nano_var, "generate", generate):
 #
 # ## Where to read on
 #
-# * VAR, algorithms 1 and 2; HMAR, on attention inside a scale and on masked rounds; MVAR; M-VAR.
+# * VAR, algorithms 1 and 2; HMAR on masked rounds; MVAR; M-VAR.
 # * `kernels.py`, `scales` and `markov`; `nano_var.draw`, on why the last map is cut.
 # * Lesson 20 has the price of diagonals, lesson 43 cells drawn together without it, lesson 32 other pyramids.
