@@ -430,8 +430,9 @@ print(f"shift + b k:\n{closed}\nclosed loop {made}\nroll-out    {[round(float(v)
 # %% [markdown]
 # ## In the script's place
 #
-# `nano_ts.build("ar", ...)` fits 336 lags by least squares. Now Yule-Walker takes its place: your autocovariances, your recursion. The score is
-# the mean square error over 48 steps, on the last quarter of 3,000 hours that neither of them has seen, in units of the series' own variance.
+# `nano_ts.build("ar", ...)` fits 336 lags by least squares. Now Yule-Walker takes its place: your autocovariances, your recursion. The
+# score is the mean square error over 48 steps, on the unseen last quarter of 3,000 hours, in units of the series' own variance. (The
+# seasonal naive repeats the last day.)
 
 # %%
 # fits lags 1 .. p, like nano_ts.fit_lags
