@@ -46,7 +46,8 @@ print(f"{len(X):,} windows to fit, {len(pairs(law, n - L, len(law))[0]):,} to te
 # $$\text{NLinear: }(x-x_{last})W+x_{last}\qquad\text{RLinear: }\frac{x-m}{s}W\,s+m\qquad\text{DLinear: }(x-\bar x)W_s+\bar xW_t+c$$
 #
 # where m and s are mean and deviation of the window, and $\bar x$ its moving average over 25 steps, with the first and the last value
-# repeated 12 times beyond the ends (arXiv:2205.13504; RLinear arXiv:2305.10721, here without its bias $b$, which would add $s\,b$).
+# repeated 12 times beyond the ends (arXiv:2205.13504; RLinear arXiv:2305.10721). The first two stand here without their bias $b$, which
+# would add $b$ and $s\,b$.
 
 # %%
 class DLinear(torch.nn.Module):
@@ -209,7 +210,7 @@ axis.legend(fontsize=7)
 plt.show()
 
 # %% [markdown]
-# Gradient descent comes close to the floor, from above, as it must. What does the test say?
+# Gradient descent comes close to the floor, from above, as it must. What does the test say? (The seasonal naive repeats the last day.)
 
 # %%
 def test_error(f, x, apart=False):  # mean square over all windows behind row n; apart: (C,)
@@ -257,8 +258,8 @@ check.check_scored(scored)
 
 # %% [markdown]
 # First the generated series, with noise of deviation 0.4 added in the last ten days: a small change of the kind that real series have all
-# the time. Then ETTh1, if you have the file: 336 steps, the standard borders, one ridge of 336 lags. Between the lines nothing but the
-# batch size differs.
+# the time. Then ETTh1, if you have the file: 336 steps, the standard borders, one **ridge** of 336 lags: least squares with a small penalty
+# on large weights. Between the lines nothing but the batch size differs.
 
 # %%
 def by_batch(errors):  # the same forecasts, other batches
