@@ -278,8 +278,8 @@ check.check_row_lse(row_lse)
 # over the key tiles from the first to **its own**, which the mask cuts diagonally; what lies behind is never read. `scale` multiplies the
 # scores.
 #
-# *Hint:* the address of row i, column d is `q + i[:, None] * D + d[None, :]`. `tl.dot(a, tl.trans(b))` multiplies tiles. m and u are (BLOCK,),
-# w is (BLOCK, D). Every query sees key 0, so nobody stays at -inf.
+# *Hint:* the address of row i, column d is `q + i[:, None] * D + d[None, :]`. `tl.dot(a, tl.trans(b))` multiplies tiles; `tl.full(shape,
+# value, tl.float32)` makes one, `tl.where` chooses. m and u are (BLOCK,), w is (BLOCK, D). Every query sees key 0, so nobody stays at -inf.
 
 # %%
 @jit
