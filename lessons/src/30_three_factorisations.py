@@ -46,9 +46,9 @@ for scales in (PYRAMID, GRID):
 # $$\text{tokens: }\prod_{t=1}^{85}p(x_t\mid x_{<t})\qquad \text{scales: }\prod_{k=1}^{4}\ \prod_{x\in r_k}p(x\mid r_{<k})\qquad
 # \text{Markov: }\prod_{k=1}^{4}\ \prod_{x\in r_k}p(x\mid\hat f_{k-1})$$
 #
-# The class is always known, and left out here. The first is the chain rule and exact. The second is VAR's: an inner product where the truth has a joint law.
-# The third forgets the maps and keeps their sum: HMAR (Kumbong et al. 2025, arXiv:2506.04421). In a transformer each is a mask. Worked, for maps of
-# 1 and 4 cells (`scales = (1, 2)`): row 2 is `11100`, `11111`, `01111`.
+# The class is always known, and left out. The first is the chain rule and exact. The second is VAR's: an inner product where the truth has a joint law.
+# The third forgets the maps and keeps their sum: HMAR (Kumbong et al. 2025, arXiv:2506.04421). In a transformer each is a mask. Worked, for `scales = (1, 2)`:
+# row 2 is `11100`, `11111`, `01111`.
 #
 # **Exercise 1.** `mask(kind, scales)`, kind `"tokens"`, `"scales"` or `"markov"` -> boolean (L, L), True where the slot of the row sees the slot of the column.
 
@@ -76,7 +76,7 @@ for axis, kind in zip(axes, check.MASKS):
 plt.show()
 
 # %% [markdown]
-# Three papers are easily mixed up. **HMAR** is the third mask, and draws some maps again in masked rounds. **MVAR** (Zhang et al. 2025,
+# (Ticks at 1, 5 and 21, where a map begins.) Three papers are easily mixed up. **HMAR** is the third mask, and draws some maps again in masked rounds. **MVAR** (Zhang et al. 2025,
 # arXiv:2505.12742) looks at the map before alone, and there at a neighbourhood of each cell. **M-VAR** (Ren et al. 2024, arXiv:2411.10433) also confines
 # attention to a map, but is *not* Markov: a linear-time Mamba layer runs through all maps.
 #
