@@ -76,7 +76,7 @@ for axis, kind in zip(axes, check.MASKS):
 plt.show()
 
 # %% [markdown]
-# (Ticks at 1, 5 and 21, where a map begins.) Three papers are easily mixed up. **HMAR** is the third mask, and draws some maps again in masked rounds. **MVAR** (Zhang et al. 2025,
+# (Ticks at 1, 5, 21: maps begin.) Three papers are easily mixed up. **HMAR** is the third mask, and draws some maps again in masked rounds. **MVAR** (Zhang et al. 2025,
 # arXiv:2505.12742) looks at the map before alone, and there at a neighbourhood of each cell. **M-VAR** (Ren et al. 2024, arXiv:2411.10433) also confines
 # attention to a map, but is *not* Markov: a linear-time Mamba layer runs through all maps.
 #
