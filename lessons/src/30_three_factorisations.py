@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 30 Three factorisations
 #
-# Next-scale prediction became known with one sentence: FID from 18.65 to 1.80 on ImageNet, "with around 20x faster inference" (VAR, Tian et al. 2024,
+# Next-scale prediction became known by its abstract: FID from 18.65 to 1.80 on ImageNet, "with around 20x faster inference" (VAR, Tian et al. 2024,
 # arXiv:2404.02905). Between the two many things had changed. Here only one changes: **which tokens are drawn together, and what they
 # have seen by then.** Pictures, tokens, network, steps and judge stay.
 #
