@@ -222,9 +222,9 @@ plt.show()
 #
 # ## How wrong is step h? Psi weights
 #
-# Let one shock of size 1 hit a series at rest. Its echo is $\psi_0=1,\ \psi_j=\sum_{k=1}^{\min(j,p)}a_k\psi_{j-k}$: the roll-out of the history
-# $(\dots,0,0,1)$. The error h steps ahead is the sum of the echoes of the h shocks that nobody knew, so its variance is
-# $\sigma^2(\psi_0^2+\dots+\psi_{h-1}^2)$. For one lag of 0.5: 1, 0.5, 0.25.
+# Let one shock of size 1 hit a series at rest. Its echo is $\psi_0=1,\ \psi_j=\sum_{k=1}^{\min(j,p)}a_k\psi_{j-k}$: the roll-out of the
+# history $(\dots,0,0,1)$. The error h steps ahead is the sum of the echoes of the h shocks that nobody knew, so its variance is
+# $\sigma^2(\psi_0^2+\dots+\psi_{h-1}^2)$. Worked: one lag of 0.5 gives 1, 0.5, 0.25.
 #
 # **Exercise 4.** `psi(weights, horizon)`: (p,) -> $\psi_0\dots\psi_{horizon-1}$, (horizon,).
 #
@@ -472,10 +472,10 @@ for rows in (60, 300):
     print("{:3} values: Yule-Walker {:.3f} {:.3f}, least squares {:.3f} {:.3f}".format(rows, *torch.stack(both).mean(0)))
 
 # %% [markdown]
-# Near the unit circle a small error in $r_k$ is a large error in the weights: with $r_0=7.16^2\approx51$ a pull of one part in 300 is 0.17, and
-# the noise has variance 1. That is where the 1.86 came from. Least squares drops the first p rows and assumes nothing about what lies
-# beyond the ends; its weights are nearly right already at 60 values, but nothing keeps the radius below 1. So the script fits by least
-# squares, then looks at the radius.
+# Near the unit circle a small error in $r_k$ is a large error in the weights: with $r_0=7.16^2$ a pull of one part in 300 is
+# $r_0/300=0.17$, and the noise has variance 1. That is where the 1.86 came from. Least squares drops the first p rows and assumes nothing
+# about what lies beyond the ends; its weights are nearly right already at 60 values, but nothing keeps the radius below 1. So the script
+# fits by least squares, then looks at the radius.
 #
 # ## Where to read on
 #
