@@ -378,8 +378,8 @@ plt.show()
 # On `law` the lean model wins: there is nothing to find across columns, and what can be found by chance is found, most of all by the large
 # map, whose 384 x 96 weights were solved from 2,881 windows. On `echo` the order turns. Alone, a copy is as hard as its leader (0.88,
 # 0.81). The transformer has found who leads (0.38, 0.33), without being told. But the large linear map has 0.02, little more than the noise
-# of the copy ($0.3^2$ beside a variance of $1/(1-0.9^2)=5.3$: 0.017): the relation *is* linear, and least squares reads it off. On the
-# leaders, where there is nothing to find, both are worse than the lean model.
+# of the copy, $0.3^2(1-0.9^2)=0.017$ of its variance: the relation *is* linear, and least squares reads it off. On the leaders, where there
+# is nothing to find, both are worse than the lean model.
 #
 # So is attention good for nothing here? The large map knows that "column 2 follows column 0". Attention compares *contents*. Exchange the
 # columns of the test, nothing retrained; then give it six columns:
