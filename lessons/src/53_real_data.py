@@ -69,7 +69,8 @@ cells = dict(zip(rows[0], zip(*rows[1:])))
 print(*rows[:3], rows[402], sep="\n")
 
 # %% [markdown]
-# What is `1,234`? In the column 1,234 | 2,500.5 it is more than a thousand; in the column 1,234 | 0,5 it is a little more than one. **No cell can be read alone.**
+# What is `1,234`? In the column `1,234 | 2,500.5` it is more than a thousand; in the column `1,234 | 0,5` it is a little more than one. **No cell can be read
+# alone.**
 #
 # **Exercise 1.** `to_numbers(cells)`: text -> a list of floats, NaN for what is no finite number. First the column decides. A cell speaks for a decimal *comma* if it
 # matches `COMMA` and not `THOUSANDS`; for a decimal *point* if it matches `POINT`. More commas than points: drop the points, and make the comma a point. Else drop
