@@ -6,8 +6,8 @@
 # 1. A tile of 128 queries has 8,192 scores each, too many for the fast memory of a processor. Softmax needs the largest score (so that no
 #    exponential overflows), the sum of the exponentials, and a division for every key; then the values are summed with these weights. How
 #    many times must the scores be read?
-# 2. A next-scale model attends over a pyramid of 680 tokens; its mask hides 38 % of all pairs of query and key. A kernel works on
-#    tiles of 128 queries by 64 keys and skips what the mask hides. How much of the work does it save?
+# 2. A next-scale model attends over a pyramid of 680 tokens; its mask leaves 62 % of all pairs of query and key. A kernel works on tiles of
+#    128 queries by 64 keys and skips what the mask hides. How much of the work does it save?
 #
 # This lesson builds the kernel of `kernels.py` from its parts: one pass over the keys, masks that are a few integers, tiles, two Triton
 # kernels of your own, and the backward pass. Triton runs in its interpreter here, on CPU tensors: slow, but the same program.
@@ -59,7 +59,7 @@ for name, (m, u, w) in (("two keys", first), ("all three", both)):
 print(f"written out: {27 / 7:.3f}")
 
 # %% [markdown]
-# The third key halves what was there: $e^{\log 2-\log 4}=1/2$, and 1.50 becomes 0.75 before 1 is added.
+# The third key halves what was there, $e^{\log 2-\log 4}=1/2$: its own 1 is added to $1.50/2$.
 #
 # **Exercise 1.** `online(s, v, tile)`: scores `s` (N, M), values `v` (M, D) -> outputs (N, D), reading the scores tile by tile, `tile` keys at
 # a time, each once. The last tile may be shorter. A score of -inf is a hidden key; a row that sees no key gives 0. No softmax of torch.
@@ -209,9 +209,9 @@ for name, mask in masks.items():
     print(f"{name:26} seen {seen:.3f}   visited {visited:.3f}   at most {1 / visited:.1f} times faster")
 
 # %% [markdown]
-# The next-scale mask hides 38 % of the pairs, and a kernel can skip 24 %: at most 1.3 times faster than no skipping at all. Causal
-# attention over 680 tokens gains 1.6, not 2. Tiles on the edge are computed in full and then thrown away in part; in a longer sequence, or
-# with smaller tiles, the edge is a smaller share. The picture shows where the work goes.
+# The next-scale mask leaves 62 % of the pairs, and a kernel visits 76 %: at most 1.3 times faster than no skipping at all. Causal attention
+# over 680 tokens gains 1.6, not 2. Tiles on the edge are computed in full and then thrown away in part; in a longer sequence, or with
+# smaller tiles, the edge is a smaller share. The picture shows where the work goes.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="constrained")
@@ -332,15 +332,13 @@ for dtype in (torch.float32, torch.bfloat16) if kernels.interpreting() else ():
 # %% [markdown]
 # So `kernels.py` hands the interpreter float32, and its tests also compile every kernel for two generations of GPUs. Neither saw what a GPU did
 # (measured on an H200, Triton 3.6, bfloat16, `python tests/bench_kernels.py`):
-#
 # * **A copy.** `F.pad` copies its input even if there is nothing to add. So at every new token the whole cache was copied: 0.886 ms in place of
 #   0.259 at 64 x 16 heads x 4096 x 64; torch's own 0.248.
 # * **Slow tiles.** Chosen by the compiler's report (no register spilled), forward and backward took 0.518 and 1.765 ms at 4 x 16 x 4096 x 64; the
 #   fastest of about ten that were timed take 0.411 and 1.467, torch's own 0.334 and 0.938.
 # * **A crash.** Float32 products of 64 rows by 16 keys became instructions (wgmma m64n8k8) that read memory which is not there. So
 #   `decode_attention` takes at most 32 queries of a key head.
-#
-# And at 64 x 4 x 64 x 32 launching from Python costs more than the work: forward 0.13 to 0.26 ms, torch's own 0.012 to 0.025.
+# * **Small shapes lose.** At 64 x 4 x 64 x 32 launching from Python costs more than the work: forward 0.13 to 0.26 ms, torch's own 0.012 to 0.025.
 #
 # ## Backward
 #
