@@ -5,7 +5,7 @@
 #
 # 1. A recurrent network carries a state of fixed size; attention must keep every key it has seen.
 # 2. Sixty-four processors can share the keys of one query, but the answer is then an approximation, because each part is normalised by its own sum.
-# 3. To sample from the likeliest tokens that hold 90 % of the mass (top-p), the probabilities must be sorted.
+# 3. To sample from the likeliest tokens that hold nine tenths of the mass (top-p), the probabilities must be sorted.
 #
 # Decide before you go on. One addition settles the first two; a race and a binary search settle the third.
 
