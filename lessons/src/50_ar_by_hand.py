@@ -303,9 +303,9 @@ def spectrum(weights, sigma, f):
 check.check_spectrum(spectrum)
 
 # %% [markdown]
-# The script's generated series has five weights, `nano_ts.LAW`: $(1-0.6B)(1-0.5B^{24}-0.45B^{168})$ multiplied out, B being one step back. Its
-# density comes here from its echo, $\left|\sum_j\psi_je^{-2\pi ifj}\right|^2$, the same thing by another way. Beside it the periodogram: the
-# squared Fourier transform of the data, 12 pieces averaged.
+# The script's generated series has five weights, `nano_ts.LAW`: $(1-0.6B)(1-0.5B^{24}-0.45B^{168})$ multiplied out, B being one step back.
+# Its density comes here from its echo, $\left|\sum_j\psi_je^{-2\pi ifj}\right|^2$, the same thing by another way. Beside it the
+# periodogram: the data's squared Fourier transform, 12 pieces averaged.
 
 # %%
 truth = nano_ts.LagModel(nano_ts.LAW, [[w] for w in nano_ts.LAW.values()], 169, centre=False)
