@@ -37,8 +37,8 @@ the same numbers sooner. The functions named .._reference are definitions: both 
 
 The kernels ran on one GPU, an H200 (sm_90; Triton 3.6), and `TRITON_INTERPRET=0 pytest tests/test_kernels.py`
 passed there; for sm_80 they were compiled only. The device showed three faults, mended since, that Triton's
-interpreter, in which they are tested on a CPU, had not: a copy of the whole cache at every token, tiles at
-half the speed, a size that the compiler gets wrong (`decode_attention`). tests/bench_kernels.py times all.
+interpreter, in which they are tested on a CPU, had not: a copy of the whole cache at every token, tiles a
+fifth slower than others, a size that the compiler gets wrong (`decode_attention`). tests/bench_kernels.py times all.
 
 Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
 Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192,
@@ -745,7 +745,7 @@ def _decode_triton(q, k, v, lengths, scale, causal):
     part_lse = torch.empty(B * Hkv, chunks, rows, dtype=torch.float32, device=q.device)
     _launch(q, _decode_chunks, B * Hkv * chunks, q, k, v, part_o, part_lse, lengths, R, S, rows, chunks,
             scale * LOG2_E, HEADS=Hkv, CAUSAL=causal, D=D, ROWS=_power_of_two(rows), BLOCK=block,
-            num_warps=4 if rows <= 16 else 8, num_stages=stages)
+            num_warps=4, num_stages=stages)
     if chunks == 1:
         return part_o.view(q.shape).to(q.dtype)
     o = torch.empty_like(q)
