@@ -38,7 +38,8 @@ the same numbers sooner. The functions named .._reference are definitions: both 
 The kernels ran on one GPU, an H200 (sm_90; Triton 3.6), and `TRITON_INTERPRET=0 pytest tests/test_kernels.py`
 passed there; for sm_80 they were compiled only. The device showed three faults, mended since, that Triton's
 interpreter, in which they are tested on a CPU, had not: a copy of the whole cache at every token, tiles a
-fifth slower than others, a size that the compiler gets wrong (`decode_attention`). tests/bench_kernels.py times all.
+fifth slower than others, a size that the compiler gets wrong (`decode_attention`).
+`python tests/bench_kernels.py` times all of them.
 
 Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
 Attention as an RNN (2405.13956), VAR (2404.02905), SpecInfer (2305.09781), speculative sampling (2211.17192,
