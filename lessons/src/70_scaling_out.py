@@ -320,7 +320,7 @@ with put(nano_ar, "loss_of", in_parts):
 #
 # ## What did not work, or was not tried
 #
-# * **Twice the devices, half the time.** In the stored run, on two idle cores, two processes were about 1.6 times as fast at nano_ar's width and depth, and half as fast with the tiny model. What helps is many tokens for each device between two messages; width alone does not (see the curves), as operations and gradients both grow with $C^2$, and Muon with $C^3$.
+# * **Twice the devices, half the time.** In the stored run, on two idle cores, two processes were 1.45 times as fast at nano_ar's width and depth, and .66 times with the tiny model. What helps is many tokens for each device between two messages; width alone does not (see the curves), as operations and gradients both grow with $C^2$, and Muon with $C^3$.
 # * **Several GPUs, several hosts** were not at hand. Here they are arithmetic; nccl has never run. Real links have delays.
 # * **Muon is not divided.** Each process orthogonalises all matrices. One could give each process some of them, and send the results around: with more devices, do that first.
 #
