@@ -36,9 +36,9 @@ This torch path is called "reference" as a whole, although it takes torch's fuse
 the same numbers sooner. The functions named .._reference are definitions: both paths are tested against them.
 
 The kernels ran on one GPU, an H200 (sm_90; Triton 3.6), and `TRITON_INTERPRET=0 pytest tests/test_kernels.py`
-passed there; for sm_80 they were compiled only. The device showed three faults, mended since, that Triton's
-interpreter, in which they are tested on a CPU, had not: a copy of the whole cache at every token, tiles a
-fifth slower than others, a size that the compiler gets wrong (`decode_attention`).
+passed there; for sm_80 they were compiled only. The device showed three faults that Triton's interpreter, in
+which they are tested on a CPU, had not: a copy of the whole cache at every token and tiles a fifth slower
+than others, both mended and timed there; and a crash (`decode_attention`), whose mending was compiled only.
 `python tests/bench_kernels.py` times all of them.
 
 Papers: online softmax (arXiv:1805.02867), FlashAttention (2205.14135) and FlashAttention-2 (2307.08691),
@@ -781,8 +781,9 @@ def decode_attention(q, k_cache, v_cache, length, scale=None, causal=True):
     else:
         length = torch.as_tensor(length, device=q.device)
         _check(length.shape == (B,), f"{op}: length {tuple(length.shape)} must be one int or of shape ({B},)")
-    # The queries of a key head share one tile; more than 32 would need one of 64 rows. There Triton 3.6
-    # multiplies float32 on sm_90 in pieces 8 wide (wgmma m64n8k8), and reads memory that is not there
+    # The queries of a key head share one tile; more than 32 would need one of 64 rows. There, with 8 warps,
+    # Triton multiplied float32 on sm_90 in pieces 8 wide (wgmma m64n8k8): the likely cause of an illegal
+    # memory access on an H200
     few = R * H // k_cache.shape[1] <= 32
     with torch.autocast(q.device.type, enabled=False):
         if path(q).name == "triton" and few and not _needs_gradient(q, k_cache, v_cache):

@@ -654,7 +654,7 @@ def meet(device):
             fail(f"process {here} finds no GPU of its own: lower --nproc_per_node, or use --device cpu")
         if gpu:
             torch.cuda.set_device(here)
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")     # how they talk
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 

@@ -623,7 +623,7 @@ def compile_all(arch):
         products = len(re.findall(r"wgmma\.mma_async|\bmma\.sync|tcgen05\.mma", binary.asm["ptx"]))
         name = self.fn.__name__
         facts = {"kernel": name, "registers": registers, "stack": stack, "shared": binary.metadata.shared}
-        facts["crashes"] = "m64n8k8" in binary.asm["ptx"]   # tf32 in pieces 8 wide: an illegal access on an H200
+        facts["crashes"] = "m64n8k8" in binary.asm["ptx"]   # tf32 in pieces 8 wide: the likely cause of one on an H200
         reports.append({**facts, "products": products})
 
     triton.runtime.driver.set_active(Driver())

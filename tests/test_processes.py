@@ -88,3 +88,13 @@ def test_parts_of_a_batch(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         script.my_part(whole)
     assert ended.value.code == 2 and "6 images do not divide by 4 processes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [nano_ar, nano_var], ids=lambda s: s.__name__)
+def test_more_processes_than_gpus(script, monkeypatch, capsys):
+    monkeypatch.setattr(script, "PROCESSES", 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit) as ended:
+        script.meet(torch.device("cuda"))
+    assert ended.value.code == 2 and "process 1 finds no GPU of its own" in capsys.readouterr().err

@@ -73,7 +73,7 @@ judge("the one-step error at every step", -flat, flat)
 # %% [markdown]
 # These bounds know how wrong one step is, and forget that a roll-out reads its own errors. They cover .70 of the first twelve hours and .64 of the last.
 # (Forecasters that feed back their own *median* do this by accident: each call sees a history without surprise. So the quantiles of Chronos-Bolt shrank far
-# ahead: issue 291 of amazon-science/chronos-forecasting.)
+# ahead: github.com/amazon-science/chronos-forecasting, thread 291.)
 #
 # ## Bounds from a formula
 #

@@ -336,8 +336,8 @@ for dtype in (torch.float32, torch.bfloat16) if kernels.interpreting() else ():
 #   0.259 at 64 x 16 heads x 4096 x 64; torch's own 0.248.
 # * **Slow tiles.** Chosen by the compiler's report (no register spilled), forward and backward took 0.518 and 1.765 ms at 4 x 16 x 4096 x 64; the
 #   fastest of about ten that were timed take 0.411 and 1.467, torch's own 0.334 and 0.938.
-# * **A crash.** Float32 products of 64 rows by 16 keys became instructions (wgmma m64n8k8) that read memory which is not there. So
-#   `decode_attention` takes at most 32 queries of a key head.
+# * **A crash**, in nano_var's sampling. The likely cause: float32 products of 64 rows by 16 keys became instructions 8 wide (wgmma m64n8k8).
+#   So `decode_attention` takes at most 32 queries of a key head; that this helps was not tried on a GPU.
 # * **Small shapes lose.** At 64 x 4 x 64 x 32 launching from Python costs more than the work: forward 0.13 to 0.26 ms, torch's own 0.012 to 0.025.
 #
 # ## Backward
